@@ -1,0 +1,168 @@
+"""``torch.compile(model, backend="sparse")``: from Dynamo's graph to a compiled, guarded callable."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from sparse_compiler.canonical import canonicalize_dynamo
+from sparse_compiler.formats.cost import AlwaysSelector, ModelSelector
+from sparse_compiler.options import Options
+from sparse_compiler.passes import PASSES, PassContext, PassManager, Rewrite
+from sparse_compiler.passes.base import Selector, log
+from sparse_compiler.runtime import GuardedCall
+
+Compiled = Callable[..., Any]
+
+
+@dataclasses.dataclass
+class CompiledGraph:
+    """What one compilation did, for reports.
+
+    Attributes:
+        before: the canonical graph as it came.
+        after: the graph that was compiled.
+        rewrites: every candidate with its verdict.
+        call: the compiled callable.
+        seconds: time spent in this package (analysis, packing, selection), without Inductor.
+    """
+
+    before: fx.GraphModule
+    after: fx.GraphModule
+    rewrites: list[Rewrite]
+    call: Any = None
+    seconds: float = 0.0
+
+
+# Whoever wants to know about compilations (``explain``, tests) appends a function here.
+listeners: list[Callable[[CompiledGraph], None]] = []
+
+
+def sparse(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Compiled:
+    """The Dynamo backend, registered under the name ``sparse``.
+
+    Args:
+        gm: Dynamo's graph; never edited.
+        example_inputs: its inputs, parameters included.
+        mode: as for Inductor.
+        options: see ``sparse_compiler.options.Options``.
+
+    Returns:
+        A callable with the signature of ``gm``.
+
+    Raises:
+        OptionError: an unknown option or a bad value.
+        UnsupportedError: this version of torch is not supported.
+    """
+    parsed = Options.parse(options)
+    # Inductor is loaded at the first compilation, not when the backend is named.
+    from sparse_compiler.codegen import cpp, inductor, lowerings
+
+    patches = {**inductor.mode_patches(mode), **parsed.inductor}
+    started = time.perf_counter()
+    context = PassContext(parsed, torch.is_grad_enabled(), _selector(parsed))
+    record = _rewrite(gm, example_inputs, context)
+    record.seconds = time.perf_counter() - started
+    after = record.after
+    if not after.meta.get("edits"):
+        # Dynamo's own graph: a model without zeros is Inductor's to the last instruction.
+        record.call = inductor.compile_graph(gm, example_inputs, patches)
+    else:
+        lowerings.register_all()
+        packed = _lift_constants(after, cpp.digest())
+        inputs = [node.name for node in after.graph.nodes if node.op == "placeholder"]
+        compiled = inductor.compile_graph(
+            after, [*example_inputs, *packed.values()], patches
+        )
+        record.call = GuardedCall(
+            compiled,
+            gm,
+            packed,
+            after.meta["derived"],
+            inputs[: len(example_inputs)],
+            example_inputs,
+            lambda dense: torch.compile(dense, backend="sparse", mode=mode, options=dict(options or {})),
+        )
+    for listener in listeners:
+        listener(record)
+    return record.call
+
+
+def _selector(options: Options) -> Selector:
+    if options.selection == "always":
+        return AlwaysSelector()
+    if options.selection == "model":
+        return ModelSelector(options.min_speedup)
+    from sparse_compiler.codegen.selection import MeasuringSelector
+
+    return MeasuringSelector(options.min_speedup, options.selection_budget)
+
+
+def _rewrite(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], context: PassContext
+) -> CompiledGraph:
+    """Canonicalize a copy of the graph and run the passes on it."""
+    try:
+        canonical = canonicalize_dynamo(gm, example_inputs)
+    except Exception as error:
+        rewrite = Rewrite("graph", "the whole graph")
+        context.rewrites.append(rewrite)
+        context.failed(rewrite, error)
+        return CompiledGraph(gm, gm, context.rewrites)
+    before = fx.GraphModule(canonical, copy.copy(canonical.graph))
+    names = context.options.passes
+    manager = PassManager([PASSES[name](context) for name in names if name in PASSES])
+    manager(canonical)
+    for rewrite in context.rewrites:
+        log.info("%s %s: %s", rewrite.kind, rewrite.target, rewrite.reason)
+    return CompiledGraph(before, canonical, context.rewrites)
+
+
+def _lift_constants(gm: fx.GraphModule, digest: str) -> dict[str, torch.Tensor]:
+    """Make the packed buffers inputs of the graph, behind the original ones.
+
+    They are never baked into the code: layers of one shape share a kernel, and a changed weight
+    needs no recompilation. The kernels' digest goes into the graph, and so into cache keys.
+    """
+    placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    packed: dict[str, torch.Tensor] = {}
+    last = placeholders[-1] if placeholders else None
+    for name in gm.meta.get("constants", []):
+        tensor = getattr(gm, name)
+        uses = [n for n in gm.graph.nodes if n.op == "get_attr" and n.target == name]
+        if not uses:
+            delattr(gm, name)
+            continue
+        point = gm.graph.inserting_after(last) if last else gm.graph.inserting_before(
+            next(iter(gm.graph.nodes))
+        )
+        with point:
+            last = gm.graph.placeholder(name)
+        last.meta = dict(uses[0].meta)
+        last.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
+        last._dynamo_source = None  # type: ignore[attr-defined]
+        for use in uses:
+            use.replace_all_uses_with(last)
+            gm.graph.erase_node(use)
+        delattr(gm, name)
+        packed[name] = tensor
+    for node in gm.graph.nodes:
+        target = node.target
+        if isinstance(target, torch._ops.OpOverload) and target.namespace == "sparse_compiler":
+            if any(argument.name == "digest" for argument in target._schema.arguments):
+                node.kwargs = {**node.kwargs, "digest": digest}
+    gm.graph.lint()
+    gm.recompile()
+    return packed

@@ -1,0 +1,101 @@
+"""The C++ kernels: which headers an operator needs, and the source a template starts from.
+
+The headers (``*.h``) hold the kernels and know nothing of Inductor; ``LAYOUT.md`` is their
+contract. ``linear.cpp.jinja`` joins one of them to Inductor's epilogue. All of it is pasted into
+each generated file, so that a compiled kernel never depends on files of this package.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+from pathlib import Path
+
+_HERE = Path(__file__).parent
+# Columns of a tile (and rows of an n-block), most rows of a tile, gradients stored at a time.
+N_BLOCK = 64
+_TILE_ROWS = 16
+_PIECE = 4096
+_COMMON = ("vec", "transpose", "panel", "multiply", "csr")
+_HEADERS = {
+    "linear_csr": (*_COMMON, "gemv", "linear"),
+    "linear_bitmap": (
+        *_COMMON,
+        "gemv",
+        "linear",
+        "bitmap",
+        "bitmap_expand",
+        "bitmap_linear",
+    ),
+    "sampled_csr": (*_COMMON, "gemv", "linear", "sampled"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """One kernel with its literals.
+
+    Attributes:
+        name: ``linear_csr``, ``linear_bitmap`` or ``sampled_csr``.
+        template: the Jinja file that wraps it.
+        inputs: names of its tensor arguments in the source; ``X`` is the activation.
+        strided: those that must be row-major but may have padded rows.
+        literals: values the source is specialised to.
+        tile: size of the largest tile handed to the epilogue; its strides are those of this size.
+        ranges: C++ names of the start and end of a tile, for each dimension of the result.
+    """
+
+    name: str
+    template: str
+    inputs: tuple[str, ...]
+    strided: tuple[str, ...]
+    literals: dict[str, int]
+    tile: tuple[int, ...]
+    ranges: tuple[tuple[str, str], ...]
+
+
+def linear_kernel(name: str, packed: tuple[str, ...], **literals: int) -> Kernel:
+    """A linear layer: ``name`` is ``linear_csr`` or ``linear_bitmap``."""
+    return Kernel(
+        name,
+        "linear",
+        ("X", *packed),
+        ("X",),
+        {"n_block": N_BLOCK, **literals},
+        (_TILE_ROWS, N_BLOCK),
+        (("m_start", "m_end"), ("n_start", "n_end")),
+    )
+
+
+def sampled_kernel(**literals: int) -> Kernel:
+    """The gradient of a csr weight's stored values."""
+    return Kernel(
+        "sampled_csr",
+        "sampled",
+        ("G", "X", "columns", "segments"),
+        ("G", "X"),
+        {"n_block": N_BLOCK, "piece": _PIECE, **literals},
+        (_PIECE,),
+        (("p_start", "p_end"),),
+    )
+
+
+@functools.cache
+def headers(name: str) -> str:
+    """The text of the headers that a kernel needs, in order."""
+    return "\n".join((_HERE / f"{header}.h").read_text() for header in _HEADERS[name])
+
+
+@functools.cache
+def template(name: str) -> str:
+    """The Jinja source of a kernel's file."""
+    return (_HERE / f"{name}.cpp.jinja").read_text()
+
+
+@functools.cache
+def digest() -> str:
+    """A digest of everything that decides what the kernels compute."""
+    files = sorted([*_HERE.glob("*.h"), *_HERE.glob("*.jinja"), Path(__file__)])
+    text = b"".join(path.read_bytes() for path in files)
+    return hashlib.sha256(text).hexdigest()[:16]

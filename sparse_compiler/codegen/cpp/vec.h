@@ -1,0 +1,202 @@
+// Vectors of 32-bit *units* and the two element types.
+//
+// A unit is one fp32 element, or two neighbouring bf16 elements (k, k + 1): both fill one 32-bit
+// lane, so every kernel moves units without knowing what is inside, and only `mac` differs
+// (an fma, or a bf16 pair dot product). Units travel in float vectors as raw bits.
+//
+// SC_ISA: 512 = AVX-512 F/BW/DQ/VL, 256 = AVX2 + FMA, 0 = GCC vector extensions only.
+// Order of inclusion: vec.h, transpose.h, panel.h, multiply.h, csr.h, gemv.h, linear.h, bitmap.h,
+// sampled.h (the last two only where used).
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <memory>
+#if SC_ISA >= 256
+#include <immintrin.h>
+#endif
+
+namespace sc {
+
+template <class S, int L>
+struct VecOf {
+  typedef S type __attribute__((vector_size(sizeof(S) * L)));
+};
+template <int L>
+using vf = typename VecOf<float, L>::type;
+template <int L>
+using vu = typename VecOf<uint32_t, L>::type;
+
+#if SC_ISA == 512
+constexpr int VL = 16;
+#elif SC_ISA == 256
+constexpr int VL = 8;
+#else
+constexpr int VL = 4;
+#endif
+
+struct F32 {
+  using T = float;
+  using Bits = uint32_t;
+  static constexpr int per_unit = 1;
+  static constexpr Bits inf = 0x7f800000u;
+};
+
+struct BF16 {
+  using T = uint16_t;
+  using Bits = uint16_t;
+  static constexpr int per_unit = 2;
+  static constexpr Bits inf = 0x7f80u;
+};
+
+inline float to_float(float x) { return x; }
+inline float to_float(uint16_t x) {
+  const uint32_t bits = uint32_t(x) << 16;
+  float y;
+  __builtin_memcpy(&y, &bits, 4);
+  return y;
+}
+
+template <int L>
+inline vf<L> load(const void* p) {
+  vf<L> v;
+  __builtin_memcpy(&v, p, sizeof(v));
+  return v;
+}
+
+template <int L>
+inline void store(void* p, vf<L> v) {
+  __builtin_memcpy(p, &v, sizeof(v));
+}
+
+// Broadcast of one unit; integer arithmetic, because its bits may be two bf16.
+template <int L>
+inline vf<L> splat(const void* p) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, p, 4);
+  return (vf<L>)(vu<L>{} + bits);
+}
+
+// Broadcasts of two neighbouring units, by one load and two shuffles: the panel kernels are bound by
+// loads, and a broadcast from memory costs them as much as a whole vector.
+template <int L>
+inline void splat2(const void* p, vf<L>& first, vf<L>& second) {
+#if SC_ISA == 512
+  if constexpr (L == 16) {
+    const __m512i pair = _mm512_castsi128_si512(_mm_loadl_epi64((const __m128i*)p));
+    first = (vf<L>)_mm512_broadcastd_epi32(_mm512_castsi512_si128(pair));
+    second = (vf<L>)_mm512_permutexvar_epi32(_mm512_set1_epi32(1), pair);
+    return;
+  }
+#endif
+  first = splat<L>(p);
+  second = splat<L>((const char*)p + 4);
+}
+
+// -ffp-contract=off is in force, so the fused operation has to be asked for.
+template <int L>
+inline vf<L> fma(vf<L> a, vf<L> b, vf<L> c) {
+#if SC_ISA == 512
+  if constexpr (L == 16) return (vf<L>)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#endif
+#if SC_ISA >= 256
+  if constexpr (L == 8) return (vf<L>)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+  if constexpr (L == 4) return (vf<L>)_mm_fmadd_ps((__m128)a, (__m128)b, (__m128)c);
+#endif
+  return a * b + c;
+}
+
+// acc + the product of two units, lane by lane.
+template <class E, int L>
+inline vf<L> mac(vf<L> a, vf<L> b, vf<L> acc) {
+  if constexpr (E::per_unit == 1) {
+    return fma<L>(a, b, acc);
+  } else {
+#if SC_ISA == 512 && defined(__AVX512BF16__)
+    if constexpr (L == 16)
+      return (vf<L>)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b);
+    if constexpr (L == 8)
+      return (vf<L>)_mm256_dpbf16_ps((__m256)acc, (__m256bh)a, (__m256bh)b);
+    if constexpr (L == 4) return (vf<L>)_mm_dpbf16_ps((__m128)acc, (__m128bh)a, (__m128bh)b);
+#endif
+    const vu<L> ua = (vu<L>)a, ub = (vu<L>)b;
+    acc = fma<L>((vf<L>)(ua << 16), (vf<L>)(ub << 16), acc);
+    return fma<L>((vf<L>)(ua & 0xffff0000u), (vf<L>)(ub & 0xffff0000u), acc);
+  }
+}
+
+// Sum of the lanes.
+template <int L>
+inline float reduce(vf<L> v) {
+#if SC_ISA == 512
+  if constexpr (L == 16) return _mm512_reduce_add_ps((__m512)v);
+#endif
+  if constexpr (L == 4) {
+    return (v[0] + v[2]) + (v[1] + v[3]);
+  } else {
+    vf<L / 2> low, high;
+    __builtin_memcpy(&low, &v, sizeof(low));
+    __builtin_memcpy(&high, (const char*)&v + sizeof(low), sizeof(high));
+    return reduce<L / 2>(low + high);
+  }
+}
+
+// Sums of the lanes of 16 vectors of VL.
+inline void reduce16(const vf<VL>* v, float* sums) {
+#if SC_ISA == 512
+  __m512 t[8], u[4], s[2];
+  for (int i = 0; i < 8; ++i) {
+    const __m512 a = (__m512)v[2 * i], b = (__m512)v[2 * i + 1];
+    t[i] = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+  }
+  for (int i = 0; i < 4; ++i) {
+    const __m512d a = _mm512_castps_pd(t[2 * i]), b = _mm512_castps_pd(t[2 * i + 1]);
+    u[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)),
+                         _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+  }
+  for (int i = 0; i < 2; ++i)
+    s[i] = _mm512_add_ps(_mm512_shuffle_f32x4(u[2 * i], u[2 * i + 1], 0x88),
+                         _mm512_shuffle_f32x4(u[2 * i], u[2 * i + 1], 0xdd));
+  _mm512_storeu_ps(sums, _mm512_add_ps(_mm512_shuffle_f32x4(s[0], s[1], 0x88),
+                                       _mm512_shuffle_f32x4(s[0], s[1], 0xdd)));
+#else
+  for (int i = 0; i < 16; ++i) sums[i] = reduce<VL>(v[i]);
+#endif
+}
+
+// Whether any of n elements is NaN or infinite.
+template <class E>
+inline bool any_nonfinite(const typename E::T* x, int64_t n) {
+  using Bits = typename E::Bits;
+  constexpr int L = VL * E::per_unit;
+  typename VecOf<Bits, L>::type bad = {}, v;
+  int64_t k = 0;
+  for (; k + L <= n; k += L) {
+    __builtin_memcpy(&v, x + k, sizeof(v));
+    bad |= (typename VecOf<Bits, L>::type)((v & E::inf) == E::inf);
+  }
+  Bits any = 0;
+  for (; k < n; ++k) {
+    Bits bits;
+    __builtin_memcpy(&bits, x + k, sizeof(bits));
+    any |= Bits((bits & E::inf) == E::inf);
+  }
+  uint64_t words[sizeof(bad) / 8];
+  __builtin_memcpy(words, &bad, sizeof(bad));
+  for (uint64_t word : words) any |= Bits(word != 0);
+  return any != 0;
+}
+
+struct Free {
+  void operator()(void* p) const { std::free(p); }
+};
+using Scratch = std::unique_ptr<char, Free>;
+
+// Cache-line aligned memory for one call; freed when it goes out of scope.
+inline Scratch scratch(int64_t bytes) {
+  return Scratch((char*)std::aligned_alloc(64, size_t((bytes + 63) / 64 * 64 + 64)));
+}
+
+}  // namespace sc

@@ -1,0 +1,204 @@
+"""The only contact with Inductor's private API: compiling graphs, C++ templates, libraries.
+
+Supports torch 2.11 to 2.13. Everything here was checked against those versions; others are refused
+with a sentence, because a private API that moved fails in ways nobody can read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch._inductor.lowering  # first: the template modules import each other in a circle
+from torch import fx
+from torch._inductor import config, ir
+from torch._inductor.codegen.cpp_template import CppTemplate
+from torch._inductor.codegen.cpp_template_kernel import CppTemplateKernel
+from torch._inductor.compile_fx import compile_fx
+from torch._inductor.cpu_vec_isa import invalid_vec_isa, pick_vec_isa
+from torch._inductor.decomposition import decompositions
+from torch._inductor.lowering import register_lowering
+from torch._inductor.runtime.runtime_utils import cache_dir
+from torch._inductor.utils import parallel_num_threads
+from torch._inductor.virtualized import ops
+
+from sparse_compiler.codegen import cpp
+from sparse_compiler.errors import UnsupportedError
+
+try:  # where the helper that views an epilogue in the shape of the template's tile lives
+    from torch._inductor.codegen.cpp_gemm_template import gen_2d_view_of_epilogue_buf
+except ImportError as error:  # pragma: no cover
+    raise UnsupportedError(
+        f"torch {torch.__version__} has another Inductor than this package knows: "
+        "install torch>=2.11,<2.14."
+    ) from error
+
+
+def compile_graph(
+    gm: fx.GraphModule, inputs: Sequence[Any], patches: Mapping[str, Any] | None = None
+) -> Callable[..., Any]:
+    """Inductor's code for a graph; takes ownership of ``gm``."""
+    return compile_fx(gm, list(inputs), config_patches=dict(patches or {}) or None)
+
+
+def mode_patches(mode: str | None) -> dict[str, Any]:
+    """Inductor's settings for ``torch.compile(mode=...)``."""
+    if mode is None or mode == "default":
+        return {}
+    return dict(torch._inductor.list_mode_options(mode))
+
+
+def vector_isa() -> int:
+    """Width in bits of the vectors kernels may use: 512 (AVX-512), 256 (AVX2) or 0 (portable)."""
+    isa = pick_vec_isa()
+    if isa is invalid_vec_isa or not str(isa).startswith(("avx512", "avx2")):
+        return 0
+    return 512 if isa.bit_width() >= 512 else 256
+
+
+def num_threads() -> int:
+    """Threads that generated CPU kernels use."""
+    return parallel_num_threads()
+
+
+def load_library(source: str) -> Any:
+    """Compile C++ to a shared library, or find it in Inductor's cache; a ``ctypes.CDLL``."""
+    from torch._inductor.codecache import CppCodeCache
+
+    return CppCodeCache.load(source)
+
+
+def cache_directory() -> Path:
+    """Where Inductor keeps compiled code (``TORCHINDUCTOR_CACHE_DIR``)."""
+    return Path(cache_dir())
+
+
+@contextlib.contextmanager
+def patched(**settings: Any) -> Iterator[None]:
+    """Inductor's configuration with some settings changed, for tests."""
+    with config.patch(settings):
+        yield
+
+
+class KernelTemplate(CppTemplate):
+    """A C++ kernel of this package whose finished tiles go through Inductor's fused epilogue.
+
+    Args:
+        kernel: which kernel, with its literals.
+        input_nodes: its tensors, in the order of ``kernel.inputs``.
+        layout: of the result.
+    """
+
+    def __init__(self, kernel: cpp.Kernel, input_nodes: list[ir.IRNode], layout: ir.Layout) -> None:
+        super().__init__(kernel.name, input_nodes, layout, num_threads())
+        self.kernel = kernel
+
+    def render(  # type: ignore[override]
+        self,
+        kernel: CppTemplateKernel,
+        template_buffer_node: ir.CppTemplateBuffer | None = None,
+        flag_template_buffer_has_other_users: bool | None = None,
+        epilogue_nodes: list[ir.IRNode] | None = None,
+        **kwargs: Any,
+    ) -> str:
+        """The C++ source, with the epilogue nodes fused into the store of each tile."""
+        product = self.output_node if template_buffer_node is None else template_buffer_node
+        source, output, target = product, product, product
+        aliases: list[str] = []
+        epilogues: list[Any] = []
+        reindexers: list[Any] = []
+        if epilogue_nodes:
+            if flag_template_buffer_has_other_users:
+                # The product itself is wanted, too: a first epilogue writes it out.
+                source = ir.Buffer(name=f"{product.get_name()}_tile", layout=product.layout)
+                epilogues.append(_copy_of(source, product))
+                reindexers.append(None)
+            aliases.append(source.get_name())
+            epilogues.extend(epilogue_nodes)
+            output = epilogue_nodes[-1]
+            target, reindexers = gen_2d_view_of_epilogue_buf(
+                output, product, epilogue_nodes, reindexers, [None] * len(epilogue_nodes)
+            )
+        tile = ir.Buffer(
+            name="tile",
+            layout=ir.FixedLayout(torch.device("cpu"), torch.float32, list(self.kernel.tile)),
+        )
+        ranges = self.kernel.ranges
+
+        def store() -> str:
+            return kernel.store_output(
+                kernel.slice_nd(target, [(start, end) for start, end in ranges]),
+                kernel.slice_nd(tile, [("0", f"{end} - {start}") for start, end in ranges]),
+                source,
+                epilogues,
+                offsets=[start for start, _ in ranges],
+                reindexers=reindexers,
+            )
+
+        nodes = dict(zip(self.kernel.inputs, self.input_nodes, strict=True))
+        x = nodes["X"]
+        return self._template_from_string(cpp.template(self.kernel.template)).render(
+            kernel=kernel,
+            header=self.header().getvalue(),
+            isa=vector_isa(),
+            headers=cpp.headers(self.kernel.name),
+            name=self.kernel.name,
+            inputs=nodes,
+            nodes=nodes,
+            Y=output,
+            product=product,
+            aliases={alias: output.get_name() for alias in aliases},
+            element="F32" if x.get_dtype() is torch.float32 else "BF16",
+            static_rows=_static(x.get_size()[0]),
+            num_threads=self.num_threads,
+            store=store,
+            **self.kernel.literals,
+        )
+
+
+def _static(size: Any) -> int:
+    """A size as an int, -1 if it is known at run time only."""
+    return int(size) if getattr(size, "is_number", isinstance(size, int)) else -1
+
+
+def _copy_of(source: ir.Buffer, product: ir.Buffer) -> ir.ComputedBuffer:
+    loader = source.make_loader()
+    dtype = product.layout.dtype
+    return ir.ComputedBuffer(
+        name=product.get_name(),
+        layout=product.layout,
+        data=ir.Pointwise(
+            device=torch.device("cpu"),
+            dtype=dtype,
+            inner_fn=lambda index: ops.to_dtype(loader(index), dtype),
+            ranges=product.get_size(),
+        ),
+    )
+
+
+def lower_kernel(
+    kernel: cpp.Kernel, tensors: Sequence[ir.TensorBox], dtype: torch.dtype, size: Sequence[Any]
+) -> ir.TensorBox:
+    """The IR of a kernel's contiguous result of this dtype and size."""
+    nodes = []
+    for name, tensor in zip(kernel.inputs, tensors, strict=True):
+        tensor.realize()
+        if name in kernel.strided:
+            tensor = ir.ExternKernel.require_stride_order(tensor, [1, 0])
+        nodes.append(ir.ExternKernel.realize_input(tensor))
+    strides = ir.FlexibleLayout.contiguous_strides(list(size))
+    layout = ir.FixedLayout(torch.device("cpu"), dtype, list(size), strides)
+    return KernelTemplate(kernel, nodes, layout).generate().output_node()
+
+
+def register(operator: Any, lowering: Callable[..., Any]) -> None:
+    """Make Inductor lower an operator with this function."""
+    register_lowering(operator, type_promotion_kind=None)(lowering)
+
+
+def register_decomposition(operator: Any, body: Callable[..., Any]) -> None:
+    """Make Inductor replace an operator by ATen operators, after autograd."""
+    decompositions[operator] = body

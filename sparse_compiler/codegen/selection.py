@@ -1,0 +1,267 @@
+"""Selection by measurement: dense against each legal format, on this machine, at these sizes.
+
+Weights are read from memory, not from cache, in a model of many layers; so each contestant runs
+over enough copies of its weight to leave the last-level cache between two uses. Contestants take
+turns; what counts is the median of the ratios of neighbouring runs. Results are cached on disk by
+everything that decides them, and equal layers are measured once.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from sparse_compiler.codegen import cpp, inductor, native
+from sparse_compiler.formats import bitmap, csr
+from sparse_compiler.formats.cost import Decision, LinearProblem, ModelSelector, candidates
+from sparse_compiler.passes.base import log
+
+# Bytes of weights to cycle through, beyond the caches of common processors.
+_COLD_BYTES = 80 * 2**20
+_MOST_COPIES = 48
+_ROUNDS = 7
+
+Run = Callable[[], None]
+
+
+class MeasuringSelector:
+    """Times dense against sparse; see the module's text.
+
+    Args:
+        min_speedup: least ratio, at every number of rows judged, for a rewrite to be kept.
+        budget: seconds that may be spent on timing; afterwards the roofline model decides.
+    """
+
+    def __init__(self, min_speedup: float, budget: float) -> None:
+        self._min_speedup = min_speedup
+        self._budget = budget
+        self._model = ModelSelector(min_speedup)
+
+    def choose(self, problem: LinearProblem, weight: torch.Tensor) -> Decision:
+        """See ``Selector``."""
+        best: Decision | None = None
+        for name in candidates(problem):
+            times = []
+            for rows in problem.rows:
+                found = _cache().get(_key(problem, name, rows))
+                if found is None:
+                    if self._budget <= 0:
+                        decision = self._model.choose(problem, weight)
+                        reason = f"no time left to measure; {decision.reason}"
+                        return Decision(decision.format, reason)
+                    started = time.perf_counter()
+                    found = _measure(problem, name, rows, weight)
+                    self._budget -= time.perf_counter() - started
+                    _cache().put(_key(problem, name, rows), found)
+                times.append((found[0] / found[1], *found, rows))
+            ratio, dense, sparse, rows = min(times)
+            if best is None or ratio > (best.speedup or 0):
+                best = Decision(name, f"measured {ratio:.2f}x at {_rows(rows)}", ratio, dense, sparse)
+        assert best is not None and best.speedup is not None
+        if best.speedup >= self._min_speedup:
+            return best
+        why = (
+            f"dense is faster or as fast: {best.format} {best.reason}, "
+            f"{self._min_speedup:.2f}x is wanted"
+        )
+        if problem.dynamic:
+            why += " (the number of rows is dynamic, so the worst one counts)"
+        return Decision(None, why, best.speedup, best.baseline_ms, best.sparse_ms)
+
+
+def _rows(rows: int) -> str:
+    return "1 row" if rows == 1 else f"{rows} rows"
+
+
+def _key(problem: LinearProblem, name: str, rows: int) -> str:
+    pattern = problem.pattern
+    # Layers whose density differs by less than about 4 % share a measurement.
+    bucket = round(math.log2(max(pattern.density, 2.0**-12)) * 16)
+    block = pattern.block if name == "block" else None
+    return json.dumps(
+        [
+            name,
+            problem.out_features,
+            problem.in_features,
+            rows,
+            str(problem.dtype),
+            bucket,
+            pattern.n_of_m,
+            block,
+            problem.training,
+            problem.threads,
+        ]
+    )
+
+
+def _measure(
+    problem: LinearProblem, name: str, rows: int, weight: torch.Tensor
+) -> tuple[float, float]:
+    """Milliseconds of dense and sparse."""
+    weight = weight.detach().contiguous()
+    x = torch.randn(rows, problem.in_features).to(problem.dtype)
+    with torch.no_grad():
+        dense = _dense_runs(problem, x, weight)
+        sparse = _sparse_runs(problem, name, x, weight)
+        ratios, dense_times, sparse_times = [], [], []
+        for round_ in range(_ROUNDS + 1):
+            a, b = _per_run(dense), _per_run(sparse)
+            if round_:  # the first round warms up
+                ratios.append(a / b)
+                dense_times.append(a)
+                sparse_times.append(b)
+    ratio, sparse_ms = statistics.median(ratios), statistics.median(sparse_times)
+    log.debug("%s %s x%d: %.2fx", name, tuple(weight.shape), rows, ratio)
+    return ratio * sparse_ms, sparse_ms
+
+
+def _per_run(runs: list[Run]) -> float:
+    started = time.perf_counter()
+    for run in runs:
+        run()
+    return (time.perf_counter() - started) * 1e3 / len(runs)
+
+
+def _copies(nbytes: int, rows: int) -> int:
+    # With many rows the weight's bytes hardly count.
+    wanted = _COLD_BYTES // max(nbytes, 1) if rows <= 64 else 2
+    return max(1, min(_MOST_COPIES, wanted))
+
+
+def _dense_runs(problem: LinearProblem, x: torch.Tensor, weight: torch.Tensor) -> list[Run]:
+    rows = x.shape[0]
+    y = x.new_empty(rows, problem.out_features)
+    copies = [weight.clone() for _ in range(_copies(weight.nbytes, rows))]
+
+    grad = torch.randn_like(y)
+
+    def run(w: torch.Tensor) -> Run:
+        def forward() -> None:
+            torch.mm(x, w.t(), out=y)
+
+        def forward_and_backward() -> None:
+            torch.mm(x, w.t())
+            torch.mm(grad, w)
+            torch.mm(grad.t(), x)
+
+        return forward_and_backward if problem.training else forward
+
+    return [run(w) for w in copies]
+
+
+def _sparse_runs(
+    problem: LinearProblem, name: str, x: torch.Tensor, weight: torch.Tensor
+) -> list[Run]:
+    rows = x.shape[0]
+    y = x.new_empty(rows, problem.out_features)
+    if name == "bitmap":
+        layout, values = bitmap.pack(weight)
+        packed = (values, layout.bits, layout.row_starts)
+
+        def run(copy: tuple[torch.Tensor, ...]) -> Run:
+            return lambda: native.linear("linear_bitmap", x, copy, y)  # type: ignore[arg-type]
+    else:
+        group = csr.group_of(name, problem.pattern)
+        judged = None if problem.training else min(problem.rows)
+        blocked, values = csr.pack(weight, group=group, rows=judged)
+        packed = (values, blocked.columns, blocked.segments)
+
+        def run(copy: tuple[torch.Tensor, ...]) -> Run:
+            def forward() -> None:
+                native.linear(
+                    "linear_csr", x, copy, y, group=group, k_block=blocked.k_block  # type: ignore[arg-type]
+                )
+
+            if not problem.training:
+                return forward
+            return _training_run(x, y, weight, blocked, copy, forward)
+
+    nbytes = sum(tensor.nbytes for tensor in packed)
+    copies = [tuple(t.clone() for t in packed) for _ in range(_copies(nbytes, rows))]
+    return [run(copy) for copy in copies]
+
+
+def _training_run(
+    x: torch.Tensor,
+    y: torch.Tensor,
+    weight: torch.Tensor,
+    layout: csr.CsrLayout,
+    packed: tuple[torch.Tensor, ...],
+    forward: Run,
+) -> Run:
+    """Forward, both gradients, and moving the values from and to the dense parameter."""
+    turned, turned_values = csr.pack(weight.t().contiguous())
+    grad, grad_x = torch.randn_like(y), torch.empty_like(x)
+    index = layout.element_index().clamp(max=weight.numel() - 1)
+    flat = weight.flatten()
+    gradient = torch.zeros(packed[0].numel())
+
+    def run() -> None:
+        flat[index]
+        forward()
+        native.linear(
+            "linear_csr",
+            grad,
+            (turned_values, turned.columns, turned.segments),
+            grad_x,
+            k_block=turned.k_block,
+        )
+        native.sampled(
+            grad,
+            x,
+            packed[1],
+            packed[2],
+            gradient,
+            group=layout.group,
+            k_block=layout.k_block,
+        )
+        torch.zeros_like(flat).index_put([index], gradient.to(flat.dtype))
+
+    return run
+
+
+class _DiskCache:
+    """Measurements of this machine and these kernels, in one JSON file."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        try:
+            self._found: dict[str, list[float]] = json.loads(path.read_text())
+        except (OSError, ValueError):
+            self._found = {}
+
+    def get(self, key: str) -> tuple[float, float] | None:
+        found = self._found.get(key)
+        return (found[0], found[1]) if found else None
+
+    def put(self, key: str, times: tuple[float, float]) -> None:
+        self._found[key] = list(times)
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            # Written aside and renamed: another process never reads half a file.
+            with tempfile.NamedTemporaryFile(
+                "w", dir=self._path.parent, suffix=".tmp", delete=False
+            ) as file:
+                json.dump(self._found, file)
+            os.replace(file.name, self._path)
+        except OSError as error:
+            log.info("measurements are not cached on disk: %s", error)
+
+
+_caches: dict[Path, _DiskCache] = {}
+
+
+def _cache() -> _DiskCache:
+    isa = inductor.vector_isa()
+    name = f"{platform.machine()}-{isa}-{cpp.digest()}-{torch.__version__}.json"
+    path = inductor.cache_directory() / "sparse_compiler" / name
+    return _caches.setdefault(path, _DiskCache(path))

@@ -1,0 +1,22 @@
+"""The passes: graph in, graph out. Each finds one kind of region and makes it sparse."""
+
+from __future__ import annotations
+
+from sparse_compiler.passes.base import Pass, PassContext, PassManager, Rewrite
+from sparse_compiler.passes.fold_static import FoldStatic
+from sparse_compiler.passes.sparse_linear import SparseLinear
+
+PASSES: dict[str, type[Pass]] = {
+    FoldStatic.name: FoldStatic,
+    SparseLinear.name: SparseLinear,
+}
+
+__all__ = [
+    "PASSES",
+    "FoldStatic",
+    "Pass",
+    "PassContext",
+    "PassManager",
+    "Rewrite",
+    "SparseLinear",
+]

@@ -1,0 +1,233 @@
+"""Linear layers whose weight is trained under a mask: sparse forward, sparse gradients.
+
+``weight * mask``, ``torch.where(mask, weight, 0)`` and ``weight.masked_fill(mask, 0)`` say that
+zeros are structure: gradients of masked weights are zero whatever happens. Then only kept weights
+are read (``take``), multiplied, and given gradients. The mask is not trained; when it changes, its
+layout is made anew, and fits as long as it keeps no more weights than before.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import fx
+
+from sparse_compiler.derived import derive, fitted
+from sparse_compiler.formats import csr
+from sparse_compiler.formats.cost import Decision, LinearProblem
+from sparse_compiler.passes.base import PassContext, Rewrite
+from sparse_compiler.passes.contraction import Contraction
+from sparse_compiler.passes.verify import verifier
+from sparse_compiler.region import Builder, Region, replace_region
+from sparse_compiler.static import StaticValues
+
+aten = torch.ops.aten
+ops = torch.ops.sparse_compiler
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskedWeight:
+    """weight = dense * multiplier, with a multiplier that is not trained.
+
+    Attributes:
+        dense: the trained operand.
+        mask: the static operand that holds the zeros.
+        keeps: from the mask's value to the multiplier (0 where the weight is masked).
+        cast: dtype that the product is converted to (autocast), or None.
+    """
+
+    dense: fx.Node
+    mask: fx.Node
+    keeps: Any
+    cast: torch.dtype | None = None
+    transposed: bool = False
+
+
+def find_mask(weight: fx.Node, static: StaticValues) -> MaskedWeight | None:
+    """The mask of a trainable weight, or None if its zeros are accidents."""
+    node, cast, transposed = weight, None, False
+    while node.op == "call_function" and node.target in _THROUGH:
+        if node.target in (aten.t.default, aten.transpose.int, aten.permute.default):
+            transposed = not transposed
+        elif node.meta["val"].dtype != node.args[0].meta["val"].dtype:  # type: ignore[union-attr]
+            cast = node.meta["val"].dtype
+        node = node.args[0]  # type: ignore[assignment]
+    if node.op != "call_function" or node.meta["val"].dim() != 2:
+        return None
+    found = _read(node, static)
+    if found is None or found.dense.meta["val"].shape != node.meta["val"].shape:
+        return None
+    if found.mask.meta["val"].shape != node.meta["val"].shape:
+        return None
+    return dataclasses.replace(found, cast=cast, transposed=transposed)
+
+
+_THROUGH = {
+    aten.t.default,
+    aten.transpose.int,
+    aten.permute.default,
+    aten.to.dtype,
+    aten._to_copy.default,
+    aten.alias.default,
+}
+
+
+def _fixed(node: Any, static: StaticValues) -> bool:
+    return isinstance(node, fx.Node) and static.is_static(node) and not static.is_trainable(node)
+
+
+def _read(node: fx.Node, static: StaticValues) -> MaskedWeight | None:
+    if node.target is aten.mul.Tensor:
+        left, right = node.args
+        for dense, mask in ((left, right), (right, left)):
+            if isinstance(dense, fx.Node) and _fixed(mask, static) and not _fixed(dense, static):
+                return MaskedWeight(dense, mask, lambda value: value)  # type: ignore[arg-type]
+    if node.target in (aten.where.self, aten.where.ScalarOther):
+        mask, dense, other = node.args
+        if _fixed(mask, static) and isinstance(dense, fx.Node) and _is_zero(other, static):
+            return MaskedWeight(dense, mask, lambda value: value)  # type: ignore[arg-type]
+    if node.target is aten.masked_fill.Scalar and _is_zero(node.args[2], static):
+        dense, mask = node.args[:2]
+        if _fixed(mask, static) and isinstance(dense, fx.Node):
+            return MaskedWeight(dense, mask, torch.logical_not)  # type: ignore[arg-type]
+    return None
+
+
+def _is_zero(value: Any, static: StaticValues) -> bool:
+    if isinstance(value, fx.Node):
+        return False
+    return isinstance(value, (int, float)) and value == 0
+
+
+def rewrite_masked(
+    gm: fx.GraphModule,
+    layer: Contraction,
+    static: StaticValues,
+    masked: MaskedWeight,
+    decision: Decision,
+    problem: LinearProblem,
+    context: PassContext,
+    rewrite: Rewrite,
+) -> None:
+    """Replace the layer by a sparse one that reads the dense weight's kept elements."""
+    expression = static.expression(masked.mask)
+    assert expression is not None and decision.format is not None
+    group = csr.group_of(decision.format, problem.pattern)
+    dense_shape = masked.dense.meta["val"].shape
+    dtype = layer.weight.meta["val"].dtype
+
+    def as_matrix(value: torch.Tensor) -> torch.Tensor:
+        return layer.matrix(value.t() if masked.transposed else value)
+
+    def tensors(value: torch.Tensor, old: _MaskLayout | None = None) -> _MaskLayout:
+        keeps = as_matrix(masked.keeps(value).to(masked.dense.meta["val"].dtype))
+        places = as_matrix(torch.arange(dense_shape.numel()).view(dense_shape))
+        return _layout(keeps, places, dtype, group, old)
+
+    first = tensors(static.value(masked.mask))  # type: ignore[arg-type]
+    attributes: list[str] = []
+
+    def build(builder: Builder, *inputs: fx.Node) -> fx.Node:
+        nodes = {name: builder.constant(name, t) for name, t in first.tensors.items()}
+        attributes.extend(str(node.target) for node in nodes.values())
+        values = builder.call(ops.take.default, masked.dense, nodes.pop("index"))
+        values = builder.call(aten.mul.Tensor, values, nodes.pop("multiplier"))
+        if masked.cast is not None:
+            values = builder.call(aten.to.dtype, values, masked.cast)
+
+        def product(x: fx.Node) -> fx.Node:
+            return builder.call(
+                ops.masked_linear_csr.default,
+                x,
+                values,
+                nodes["columns"],
+                nodes["segments"],
+                *problem.pattern.shape,
+                group,
+                first.k_block,
+                nodes["transposed_order"],
+                nodes["transposed_columns"],
+                nodes["transposed_segments"],
+                first.transposed_k_block,
+            )
+
+        return layer.build(builder, product)
+
+    replace_region(
+        gm,
+        Region.of([layer.node]),
+        build,
+        rule=f"masked_linear: {decision.format}",
+        verify=verifier(gm, static, context, rewrite.target),
+    )
+    gm.meta.setdefault("derived", []).append(
+        derive(
+            attributes,
+            expression,
+            lambda value: list(tensors(value, first).tensors.values()),
+            rewrite.target,
+        )
+    )
+    rewrite.applied, rewrite.format = True, decision.format
+    rewrite.packed_bytes = sum(t.numel() * t.itemsize for t in first.tensors.values())
+
+
+@dataclasses.dataclass(frozen=True)
+class _MaskLayout:
+    tensors: dict[str, torch.Tensor]
+    k_block: int
+    transposed_k_block: int
+
+
+def _layout(
+    keeps: torch.Tensor,
+    places: torch.Tensor,
+    dtype: torch.dtype,
+    group: int,
+    old: _MaskLayout | None,
+) -> _MaskLayout:
+    """Everything the graph needs to know about a mask [out_features, in_features].
+
+    Args:
+        keeps: the multiplier, 0 where the weight is masked.
+        places: flat index of each weight in the dense parameter.
+        dtype: of the weight that is multiplied.
+        group: rows that share a column list.
+        old: the layout the compiled code was made for; the new one gets its sizes.
+    """
+    structure = (keeps != 0).to(dtype)
+    forward, _ = csr.pack(structure, group=group, k_block=old.k_block if old else None)
+    backward, _ = csr.pack(structure.t(), k_block=old.transposed_k_block if old else None)
+    stored = forward.element_index()
+    outside = keeps.numel()
+    # Where each weight is stored in the forward order; one past the end where it is not.
+    position = stored.new_full((outside + 1,), stored.numel())
+    position[stored] = torch.arange(stored.numel())
+    position[outside] = stored.numel()
+    rows, columns = keeps.shape
+    transposed = backward.element_index()
+    inside = transposed < outside
+    turned = torch.where(inside, transposed % rows * columns + transposed // rows, outside)
+    values = torch.cat([keeps.flatten(), keeps.new_zeros(1)])
+    tensors = {
+        "index": torch.cat([places.flatten(), places.new_tensor([outside])])[stored].int(),
+        "multiplier": values[stored],
+        "columns": forward.columns,
+        "segments": forward.segments,
+        "transposed_order": position[turned].int(),
+        "transposed_columns": backward.columns,
+        "transposed_segments": backward.segments,
+    }
+    if old is not None:
+        # Filling points one past the end: it reads zero, and its gradient goes nowhere.
+        end = old.tensors["index"].numel()
+        fill = {"index": outside, "transposed_order": end}
+        short = tensors["transposed_order"] == stored.numel()
+        tensors["transposed_order"] = tensors["transposed_order"].masked_fill(short, end)
+        tensors = {
+            name: fitted(tensor, old.tensors[name], fill.get(name, 0))
+            for name, tensor in tensors.items()
+        }
+    return _MaskLayout(tensors, forward.k_block, backward.k_block)

@@ -1,0 +1,239 @@
+"""Linear layers with a static, pruned weight become sparse ones where that is faster.
+
+Find: every contraction with one static side (``contraction.py``). Check: device, dtype, whether the
+zeros are structure or accident, whether a format pays. Rewrite: pack the weight, put the sparse
+operator in the layer's place, and remember how to pack it again when the weight changes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import torch
+from torch import fx
+
+from sparse_compiler.derived import Remake, derive, fitted, has_version
+from sparse_compiler.formats import bitmap, csr
+from sparse_compiler.formats.cost import LinearProblem
+from sparse_compiler.formats.pattern import Pattern, find_pattern
+from sparse_compiler.ops import linear as _operators  # noqa: F401  registers the operators
+from sparse_compiler.passes.base import Pass, Rewrite, module_path
+from sparse_compiler.passes.contraction import Contraction, find_contractions
+from sparse_compiler.passes.masked_linear import find_mask, rewrite_masked
+from sparse_compiler.passes.verify import verifier
+from sparse_compiler.region import Builder, Region, replace_region
+from sparse_compiler.static import StaticExpression, StaticValues
+
+DTYPES = (torch.float32, torch.bfloat16)
+# Below this no format has ever paid; such weights are not candidates, only counted.
+LEAST_SPARSITY = 0.3
+# Row counts a layer with a dynamic number of rows is judged at, besides the hint.
+DYNAMIC_ROWS = (1, 16, 128, 1024)
+
+ops = torch.ops.sparse_compiler
+
+
+class SparseLinear(Pass):
+    """Rewrites linear layers; see the module's text."""
+
+    name = "sparse_linear"
+
+    def run(self, gm: fx.GraphModule) -> None:
+        """Find, check, rewrite."""
+        static = StaticValues(gm, training=self.context.training)
+        for layer in find_contractions(gm, static):
+            rewrite = Rewrite("linear", layer_name(layer, static))
+            self.context.rewrites.append(rewrite)
+            try:
+                self._consider(gm, layer, static, rewrite)
+            except Exception as error:
+                self.context.failed(rewrite, error)
+
+    def _consider(
+        self, gm: fx.GraphModule, layer: Contraction, static: StaticValues, rewrite: Rewrite
+    ) -> None:
+        expression = static.expression(layer.weight)
+        assert expression is not None
+        value = layer.weight.meta["val"]
+        rewrite.shape, rewrite.dtype = tuple(value.shape), str(value.dtype).removeprefix("torch.")
+        refusal = refuse_tensor(value) or _refuse_leaves(static, expression)
+        if refusal:
+            rewrite.reason = refusal
+            return
+        matrix = layer.matrix(static.value(layer.weight))  # type: ignore[arg-type]
+        pattern = find_pattern(matrix)
+        rewrite.shape, rewrite.sparsity = pattern.shape, pattern.sparsity
+        rewrite.pattern, rewrite.near_misses = pattern.name, pattern.near_misses
+        if pattern.nonzeros == matrix.numel():
+            rewrite.reason = "the weight has no zeros"
+            return
+        masked = None
+        if static.is_trainable(layer.weight):
+            masked = find_mask(layer.weight, static)
+            if masked is None:
+                rewrite.reason = (
+                    "the weight is being trained and nothing in the model keeps its zeros: mask "
+                    "it (torch.nn.utils.prune), or compile under torch.no_grad() for inference"
+                )
+                return
+            pattern = find_pattern(layer.matrix(static.value(masked.mask)))  # type: ignore[arg-type]
+            rewrite.sparsity, rewrite.pattern = pattern.sparsity, pattern.name
+        refusal = _refuse_pattern(pattern)
+        if refusal:
+            rewrite.reason = refusal
+            return
+        problem = problem_of(layer, pattern, value.dtype, training=masked is not None)
+        rewrite.rows = problem.rows
+        if self.context.out_of_fuel():
+            rewrite.reason = "options['fuel'] is used up"
+            return
+        decision = self.context.selector.choose(problem, matrix)
+        rewrite.reason, rewrite.speedup = decision.reason, decision.speedup
+        rewrite.baseline_ms, rewrite.sparse_ms = decision.baseline_ms, decision.sparse_ms
+        if decision.format is None:
+            return
+        if masked is not None:
+            rewrite_masked(gm, layer, static, masked, decision, problem, self.context, rewrite)
+            return
+        packed = pack(decision.format, matrix, pattern, min(problem.rows))
+        attributes: list[str] = []
+
+        def build(builder: Builder, *inputs: fx.Node) -> fx.Node:
+            nodes = [builder.constant(name, tensor) for name, tensor in packed.tensors.items()]
+            attributes.extend(str(node.target) for node in nodes)
+            return layer.build(
+                builder, lambda x: builder.call(packed.operator, x, *nodes, *packed.literals)
+            )
+
+        replace_region(
+            gm,
+            Region.of([layer.node]),
+            build,
+            rule=f"{self.name}: {packed.format}",
+            verify=verifier(gm, static, self.context, rewrite.target),
+        )
+        gm.meta.setdefault("derived", []).append(
+            derive(attributes, expression, _remake(layer, packed), rewrite.target)
+        )
+        rewrite.applied, rewrite.format = True, packed.format
+        rewrite.packed_bytes = sum(t.numel() * t.itemsize for t in packed.tensors.values())
+
+
+@dataclasses.dataclass(frozen=True)
+class Packed:
+    """A packed weight: the operator that multiplies by it, its tensors, and its literals."""
+
+    format: str
+    operator: Any
+    tensors: dict[str, torch.Tensor]
+    literals: tuple[int, ...]
+    pattern: Pattern
+    rows: int
+
+
+def pack(
+    name: str, matrix: torch.Tensor, pattern: Pattern, rows: int, k_block: int | None = None
+) -> Packed:
+    """Pack a weight [out_features, in_features] in the format ``name``."""
+    if name == "bitmap":
+        layout, values = bitmap.pack(matrix)
+        tensors = {"values": values, "bits": layout.bits, "row_starts": layout.row_starts}
+        return Packed(name, ops.linear_bitmap.default, tensors, pattern.shape, pattern, rows)
+    group = csr.group_of(name, pattern)
+    blocked, values = csr.pack(matrix, group=group, rows=rows, k_block=k_block)
+    tensors = {"values": values, "columns": blocked.columns, "segments": blocked.segments}
+    literals = (*pattern.shape, group, blocked.k_block)
+    return Packed(name, ops.linear_csr.default, tensors, literals, pattern, rows)
+
+
+def _remake(layer: Contraction, packed: Packed) -> Remake:
+    """How to pack a changed weight so that the compiled code can take it."""
+    k_block = packed.literals[3] if len(packed.literals) > 3 else None
+
+    def remake(value: torch.Tensor) -> list[torch.Tensor]:
+        matrix = layer.matrix(value)
+        again = pack(packed.format, matrix, packed.pattern, packed.rows, k_block)
+        return [
+            fitted(new, old)
+            for new, old in zip(again.tensors.values(), packed.tensors.values(), strict=True)
+        ]
+
+    return remake
+
+
+def layer_name(layer: Contraction, static: StaticValues) -> str:
+    """The module's path, from the weight's name: ``layers.0.mlp.up_proj``."""
+    expression = static.expression(layer.weight)
+    assert expression is not None
+    names = [static.name(leaf) for leaf in expression.leaves]
+    name = next((name for name in names if "mask" not in name), layer.node.name)
+    for suffix in (".weight", ".weight_orig", ".original", ".parametrizations"):
+        name = name.removesuffix(suffix)
+    return name.replace(".parametrizations.weight", "") or module_path(layer.node, name)
+
+
+def refuse_tensor(value: torch.Tensor) -> str | None:
+    """Why no sparse kernel can take a weight of this device and dtype, or None."""
+    if value.layout is not torch.strided:
+        return f"the weight is a {value.layout} tensor: pass it dense, its zeros are found"
+    if value.device.type != "cpu":
+        return f"the weight is on {value.device.type}: this version has kernels for CPUs only"
+    if value.is_complex():
+        return "the weight is complex: sparse kernels take float32 and bfloat16"
+    if value.dtype is torch.float64:
+        return "the weight is float64: sparse kernels take float32 and bfloat16"
+    if value.dtype is torch.float16:
+        return (
+            "the weight is float16, which this CPU computes through float32: use bfloat16 or float32"
+        )
+    if value.dtype not in DTYPES:
+        return f"the weight is {value.dtype} (quantized?): sparse kernels take float32 and bfloat16"
+    return None
+
+
+def _refuse_leaves(static: StaticValues, expression: StaticExpression) -> str | None:
+    for tensor in static.leaf_values(expression):
+        if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
+            return f"the weight is a {type(tensor).__name__}, a tensor subclass: not looked into"
+        if not has_version(tensor):
+            return (
+                "the weight is an inference tensor, whose changes cannot be seen: create the model "
+                "outside torch.inference_mode()"
+            )
+    return None
+
+
+def _refuse_pattern(pattern: Pattern) -> str | None:
+    in_features = pattern.shape[1]
+    if pattern.sparsity < LEAST_SPARSITY:
+        return f"{pattern.sparsity:.0%} zeros are too few for any format to pay"
+    if in_features > csr.MAX_UNITS:
+        return f"in_features {in_features} is above {csr.MAX_UNITS}, which 16-bit columns can name"
+    if pattern.nonzeros >= 2**31 - 2**10:
+        return "more than 2**31 weights are kept, which 32-bit positions cannot name"
+    return None
+
+
+def problem_of(
+    layer: Contraction, pattern: Pattern, dtype: torch.dtype, *, training: bool
+) -> LinearProblem:
+    """The decision to be made about a layer."""
+    rows = layer.rows
+    dynamic = not isinstance(rows, int)
+    if dynamic:
+        hint = rows.node.hint if hasattr(rows, "node") else None
+        counts = tuple(sorted({*DYNAMIC_ROWS, *([int(hint)] if hint else [])}))
+    else:
+        counts = (max(1, rows),)
+    return LinearProblem(
+        pattern.shape[0],
+        pattern.shape[1],
+        counts,
+        dtype,
+        pattern,
+        dynamic,
+        torch.get_num_threads(),
+        training,
+    )

@@ -1,0 +1,77 @@
+"""``verify=True``: every rewrite is run against the region it replaces, on random inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from sparse_compiler.errors import VerificationError
+from sparse_compiler.passes.base import PassContext
+from sparse_compiler.region import Region
+from sparse_compiler.static import StaticValues
+
+Verify = Callable[[Region, Sequence[fx.Node], Sequence[fx.Node]], None]
+
+# Relative to the largest result: sums are taken in another order.
+_BOUND = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
+
+
+def verifier(
+    gm: fx.GraphModule, static: StaticValues, context: PassContext, target: str
+) -> Verify | None:
+    """A check for ``replace_region``, or None if the options do not ask for one."""
+    if not context.options.verify:
+        return None
+
+    def verify(region: Region, created: Sequence[fx.Node], results: Sequence[fx.Node]) -> None:
+        generator = torch.Generator().manual_seed(0)
+        values: dict[fx.Node, Any] = {}
+        for node in _inputs([*region.nodes, *created]):
+            known = static.value(node) if static.is_static(node) else static.leaf(node)
+            values[node] = known if known is not None else _random(node, generator)
+        expected = _run(region.nodes, dict(values), region.outputs)
+        actual = _run(created, dict(values), results)
+        for want, got in zip(expected, actual, strict=True):
+            bound = _BOUND.get(want.dtype, 1e-6)
+            error = (want.double() - got.double()).abs().max() if want.numel() else torch.zeros(())
+            scale = want.double().abs().max().clamp(min=1e-6) if want.numel() else torch.ones(())
+            if not bool(error <= bound * scale):
+                raise VerificationError(
+                    f"{target}: the rewrite differs from the original by {float(error):.3g} where "
+                    f"the largest value is {float(scale):.3g}. Please report this, with the model."
+                )
+
+    return verify
+
+
+def _inputs(nodes: Sequence[fx.Node]) -> list[fx.Node]:
+    inside = set(nodes)
+    found = {arg: None for node in nodes for arg in node.all_input_nodes if arg not in inside}
+    return list(found)
+
+
+def _random(node: fx.Node, generator: torch.Generator) -> Any:
+    value = node.meta["val"]
+    if not isinstance(value, torch.Tensor):
+        return value if isinstance(value, (int, float)) else value.node.hint
+    shape = [size if isinstance(size, int) else size.node.hint for size in value.shape]
+    if value.is_floating_point():
+        return torch.randn(shape, generator=generator).to(value.dtype)
+    return torch.zeros(shape, dtype=value.dtype)
+
+
+def _run(
+    nodes: Sequence[fx.Node], values: dict[fx.Node, Any], outputs: Sequence[fx.Node]
+) -> list[torch.Tensor]:
+    with torch.no_grad():
+        for node in nodes:
+            if node.op == "get_attr":
+                values[node] = getattr(node.graph.owning_module, str(node.target))
+                continue
+            args = fx.node.map_arg(node.args, values.__getitem__)
+            kwargs = fx.node.map_arg(node.kwargs, values.__getitem__)
+            values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+    return [values[node] for node in outputs]

@@ -1,0 +1,256 @@
+"""Regions of a graph, and the only way to edit one.
+
+A region is a set of nodes that one rewrite replaces. ``region_graph`` shows an FX graph as a
+networkx DiGraph; ``Region`` asks it the questions that decide whether a replacement is legal
+(is the set convex? is a value it reads written to in between?); ``replace_region`` makes the edit
+and records it. Passes neither insert nor erase nodes on their own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import networkx as nx
+import torch
+from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from sparse_compiler.errors import RegionError
+from sparse_compiler.static import mutated_nodes
+
+
+def region_graph(graph: fx.Graph) -> nx.DiGraph:
+    """The graph as a DiGraph: one vertex a node, one edge a use."""
+    result: nx.DiGraph = nx.DiGraph()
+    for position, node in enumerate(graph.nodes):
+        result.add_node(node, position=position, target=str(node.target), op=node.op)
+        result.add_edges_from((argument, node) for argument in node.all_input_nodes)
+    return result
+
+
+def dominators(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
+    """Each node's immediate dominator: the last node every path from the inputs goes through.
+
+    Nodes reached only through several inputs are dominated by the first node of the graph.
+    """
+    digraph = region_graph(graph)
+    root = next(iter(graph.nodes))
+    sources = [node for node in digraph if node is not root and digraph.in_degree(node) == 0]
+    digraph.add_edges_from((root, source) for source in sources)
+    return dict(nx.immediate_dominators(digraph, root))
+
+
+@dataclasses.dataclass(frozen=True)
+class Region:
+    """Nodes that are to be replaced together.
+
+    Attributes:
+        nodes: the nodes, in graph order.
+        outputs: those whose values are used outside, in graph order.
+        inputs: nodes outside whose values are used inside, in graph order.
+    """
+
+    nodes: tuple[fx.Node, ...]
+    outputs: tuple[fx.Node, ...]
+    inputs: tuple[fx.Node, ...]
+
+    @classmethod
+    def of(cls, nodes: Iterable[fx.Node]) -> Region:
+        """The region of these nodes.
+
+        Raises:
+            RegionError: no nodes, or nodes of several graphs, or an input or output of the graph.
+        """
+        wanted = set(nodes)
+        if not wanted:
+            raise RegionError("A region needs at least one node.")
+        graphs = {node.graph for node in wanted}
+        if len(graphs) > 1:
+            raise RegionError("A region's nodes must all belong to one graph.")
+        for node in wanted:
+            if node.op != "call_function":
+                raise RegionError(f"{node} is a {node.op}: only operators can be in a region.")
+        order = {node: i for i, node in enumerate(next(iter(graphs)).nodes)}
+        inside = sorted(wanted, key=order.__getitem__)
+        outputs = [n for n in inside if any(user not in wanted for user in n.users)]
+        inputs = {a for n in inside for a in n.all_input_nodes if a not in wanted}
+        return cls(tuple(inside), tuple(outputs), tuple(sorted(inputs, key=order.__getitem__)))
+
+    @property
+    def graph(self) -> fx.Graph:
+        return self.nodes[0].graph
+
+    def is_convex(self) -> bool:
+        """Whether no path leaves the region and comes back."""
+        inside = set(self.nodes)
+        digraph = region_graph(self.graph)
+        outside_after = {
+            node for out in self.outputs for node in digraph.successors(out) if node not in inside
+        }
+        reached: set[fx.Node] = set()
+        for node in outside_after:
+            reached |= nx.descendants(digraph, node)
+        return not (reached & inside)
+
+    def why_not_movable(self) -> str | None:
+        """Why the region may not be computed as one step at its end, or None if it may."""
+        if not self.is_convex():
+            return "a path leaves the region and comes back to it"
+        written = mutated_nodes(self.graph)
+        for node in self.nodes:
+            if node in written:
+                return f"{node.name} is written to in place"
+        changed = [node for node in self.inputs if node in written]
+        if changed and self._written_within():
+            return f"{changed[0].name}, which it reads, is written to in place"
+        last = self._order()[self.nodes[-1]]
+        for output in self.outputs:
+            for user in output.users:
+                if user not in self.nodes and self._order()[user] < last:
+                    return f"{user.name} needs {output.name} before the region ends"
+        return None
+
+    def _order(self) -> dict[fx.Node, int]:
+        return {node: i for i, node in enumerate(self.graph.nodes)}
+
+    def _written_within(self) -> bool:
+        """Whether an operator between the region's first and last node writes to memory."""
+        order = self._order()
+        first, last = order[self.nodes[0]], order[self.nodes[-1]]
+        return any(
+            first <= order[node] <= last
+            and isinstance(node.target, torch._ops.OpOverload)
+            and node.target._schema.is_mutable
+            for node in self.graph.nodes
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Edit:
+    """One replacement, as it was made: the rule, the source lines before and after."""
+
+    rule: str
+    before: tuple[str, ...]
+    after: tuple[str, ...]
+
+
+class Builder:
+    """Makes the nodes of a replacement; each gets its example value as it is made."""
+
+    def __init__(self, gm: fx.GraphModule, region: Region) -> None:
+        self.gm = gm
+        self._graph = gm.graph
+        self._fake_mode = _fake_mode(region)
+        self._attributes: list[str] = []
+
+    def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
+        """A call of an operator on nodes and literals."""
+        values = fx.node.map_arg((args, kwargs), lambda node: node.meta["val"])
+        with self._fake_mode, enable_python_dispatcher():
+            value = target(*values[0], **values[1])
+        node = self._graph.call_function(target, args, kwargs)
+        node.meta["val"] = value
+        return node
+
+    def constant(self, name: str, tensor: torch.Tensor) -> fx.Node:
+        """A new buffer of the graph module (a packed weight, say), as a node."""
+        number = len(self.gm.meta.setdefault("constants", []))
+        attribute = f"_sparse_{number}_{name}"
+        self.gm.register_buffer(attribute, tensor)
+        self.gm.meta["constants"].append(attribute)
+        self._attributes.append(attribute)
+        node = self._graph.get_attr(attribute)
+        node.meta["val"] = self._fake_mode.from_tensor(tensor, static_shapes=True)
+        return node
+
+    def undo(self) -> None:
+        """Remove the buffers again, after a failure."""
+        for attribute in self._attributes:
+            delattr(self.gm, attribute)
+            self.gm.meta["constants"].remove(attribute)
+
+
+def replace_region(
+    gm: fx.GraphModule,
+    region: Region,
+    build: Callable[..., fx.Node | Sequence[fx.Node]],
+    *,
+    rule: str,
+    verify: Callable[[Region, Sequence[fx.Node], Sequence[fx.Node]], None] | None = None,
+) -> tuple[fx.Node, ...]:
+    """Replace a region by new nodes and record the edit in ``gm.meta["edits"]``.
+
+    Args:
+        gm: the graph module the region belongs to.
+        region: the nodes to replace.
+        build: called as ``build(builder, *region.inputs)``; makes nodes with the builder and
+            returns one node per region output, of the output's shape and dtype.
+        rule: the name of the rewrite, for reports.
+        verify: called with the region, the new nodes and the results before anything is erased;
+            what it raises undoes the edit.
+
+    Returns:
+        The nodes that now stand for the region's outputs.
+
+    Raises:
+        RegionError: the replacement would change what the graph computes. Nothing was changed.
+    """
+    graph = gm.graph
+    reason = region.why_not_movable()
+    if reason is not None:
+        raise RegionError(f"{rule}: {reason}")
+    existing = set(graph.nodes)
+    builder = Builder(gm, region)
+    try:
+        with graph.inserting_before(region.nodes[-1].next):
+            built = build(builder, *region.inputs)
+        results = (built,) if isinstance(built, fx.Node) else tuple(built)
+        _check_results(region.outputs, results, rule)
+        created = [node for node in graph.nodes if node not in existing]
+        if verify is not None:
+            verify(region, created, results)
+    except BaseException:
+        for node in reversed([node for node in graph.nodes if node not in existing]):
+            graph.erase_node(node)
+        builder.undo()
+        raise
+    edit = Edit(rule, _format(region.nodes), _format(created))
+    for old, new in zip(region.outputs, results, strict=True):
+        for made in created:
+            for key in ("nn_module_stack", "stack_trace"):
+                if key in old.meta:
+                    made.meta.setdefault(key, old.meta[key])
+        old.replace_all_uses_with(new)
+    for node in reversed(region.nodes):
+        graph.erase_node(node)
+    gm.meta.setdefault("edits", []).append(edit)
+    return results
+
+
+def _check_results(
+    outputs: Sequence[fx.Node], results: Sequence[fx.Node], rule: str
+) -> None:
+    if len(outputs) != len(results):
+        raise RegionError(f"{rule}: {len(results)} results for {len(outputs)} outputs.")
+    for old, new in zip(outputs, results, strict=True):
+        want, got = old.meta["val"], new.meta["val"]
+        if tuple(want.shape) != tuple(got.shape) or want.dtype != got.dtype:
+            raise RegionError(
+                f"{rule}: {tuple(got.shape)} {got.dtype} cannot stand for {old.name}, "
+                f"which is {tuple(want.shape)} {want.dtype}."
+            )
+
+
+def _format(nodes: Iterable[fx.Node]) -> tuple[str, ...]:
+    return tuple(str(node.format_node()) for node in nodes)
+
+
+def _fake_mode(region: Region) -> FakeTensorMode:
+    for node in (*region.inputs, *region.outputs):
+        value = node.meta.get("val")
+        if isinstance(value, FakeTensor):
+            return value.fake_mode
+    raise RegionError("The region's nodes carry no example values: canonicalize the graph first.")
