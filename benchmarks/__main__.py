@@ -1,11 +1,10 @@
-"""All benchmarks: `python -m benchmarks` (20 minutes on two cores), `--full` for all of it (hours)."""
+"""All benchmarks: `python -m benchmarks` (20 minutes), or with `--full` (hours)."""
 
 import argparse
 import time
 
 from benchmarks import end_to_end, harness, linear, training
-from benchmarks.cells import grid, quick_cells
-from benchmarks.cells import DTYPES, PATTERNS, ROWS, SHAPES, ZEROS
+from benchmarks.cells import DTYPES, PATTERNS, ROWS, SHAPES, ZEROS, grid, quick_cells
 
 
 def main() -> None:

@@ -2,8 +2,8 @@
 
 import argparse
 import itertools
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 SHAPES = ("8192x2048", "2048x8192", "1000x777")
 ROWS = (1, 4, 16, 64, 512, 2048)
@@ -65,8 +65,8 @@ def quick_cells() -> Iterator[Cell]:
     yield from grid([wide, odd], ["fp32"], free, (60, 90), (1, 16, 512))
 
 
-def _list_of(kind: type) -> object:
-    def parse(text: str) -> list[object]:
+def _list_of(kind: type) -> Callable[[str], list[Any]]:
+    def parse(text: str) -> list[Any]:
         return [kind(part) for part in text.split(",")]
 
     return parse

@@ -3,7 +3,8 @@
 One JSON object a line, in on stdin and out on stdout; arrays travel as .npy files. Imports nothing
 of the project (another environment, another numpy). Commands:
 
-    {"op": "compile", "folder": ..., "threads": n}   reads x.npy, weight.npy, bias.npy; writes y.npy
+    {"op": "compile", "folder_name": ..., "threads": n}
+        reads x.npy, weight.npy, bias.npy; writes y.npy
     {"op": "time", "warmup": n, "calls": n, "flush": bool}
     {"op": "release"}
 
@@ -16,22 +17,24 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 os.environ["NM_DISABLE_ANALYTICS"] = "True"
 # DeepSparse prints a banner on stdout; keep the real one for the protocol.
 _PROTOCOL = os.fdopen(os.dup(1), "w")
 os.dup2(2, 1)
 
-import deepsparse  # noqa: E402
+import deepsparse  # type: ignore[import-not-found]  # noqa: E402
 import numpy as np  # noqa: E402
-import onnx  # noqa: E402
+import onnx  # type: ignore[import-not-found]  # noqa: E402
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 
 _FLUSH_BYTES = 128 << 20
 
 
-def _linear_model(weight, bias, rows):
+def _linear_model(weight: np.ndarray, bias: np.ndarray, rows: int) -> Any:
     """x [rows, in] -> x @ weight.T + bias as one Gemm (MatMul + Add is as fast, also in 3-D)."""
     out_features, in_features = weight.shape
     node = helper.make_node("Gemm", ["x", "weight", "bias"], ["y"], transB=1)
@@ -48,13 +51,15 @@ def _linear_model(weight, bias, rows):
 
 
 class Worker:
-    def __init__(self):
-        self.engine = None
-        self.inputs = []
-        self.flush_buffer = None
+    """One compiled layer at a time."""
 
-    def compile(self, folder, threads):
-        folder = Path(folder)
+    def __init__(self) -> None:
+        self.engine: Any = None
+        self.inputs: list[np.ndarray] = []
+        self.flush_buffer: np.ndarray | None = None
+
+    def compile(self, folder_name: str, threads: int) -> dict[str, Any]:
+        folder = Path(folder_name)
         x = np.load(folder / "x.npy")
         model = _linear_model(
             np.load(folder / "weight.npy"), np.load(folder / "bias.npy"), x.shape[0]
@@ -69,7 +74,7 @@ class Worker:
         np.save(folder / "y.npy", self.engine.run(self.inputs)[0])
         return {"compile_seconds": seconds, "threads": self.engine.num_cores}
 
-    def time(self, warmup, calls, flush):
+    def time(self, warmup: int, calls: int, flush: bool) -> dict[str, Any]:
         for _ in range(warmup):
             self.engine.run(self.inputs, val_inp=False)
         seconds = []
@@ -81,19 +86,23 @@ class Worker:
             seconds.append(time.perf_counter() - start)
         return {"seconds": seconds}
 
-    def release(self):
+    def release(self) -> dict[str, Any]:
         self.engine, self.inputs = None, []
         return {}
 
-    def _flush(self):
+    def _flush(self) -> None:
         if self.flush_buffer is None:
             self.flush_buffer = np.zeros(_FLUSH_BYTES // 4, np.float32)
         self.flush_buffer += 1.0
 
 
-def main():
+def main() -> None:
     worker = Worker()
-    operations = {"compile": worker.compile, "time": worker.time, "release": worker.release}
+    operations: dict[str, Callable[..., dict[str, Any]]] = {
+        "compile": worker.compile,
+        "time": worker.time,
+        "release": worker.release,
+    }
     print(json.dumps({"version": deepsparse.__version__}), file=_PROTOCOL, flush=True)
     for line in sys.stdin:
         command = json.loads(line)

@@ -93,9 +93,10 @@ def _time_line(name: str, pruning: str, phase: str, measured: harness.Measuremen
         tokens = 1 if phase == "decode" else PREFILL_TOKENS
         best = OURS if ratio else "inductor"
         rate = f"{tokens / measured.seconds(best):.1f} ({best})"
-    told = "disturbed" if measured.disturbed else harness.verdict(ratio.median if ratio else None,
-    target) others = f"{statistics.median(measured.others):.2f}" return [name, pruning, phase,
-    *times, rate, str(ratio) if ratio else "-", told, others]
+    told = harness.verdict(ratio.median if ratio else None, target)
+    told = "disturbed" if measured.disturbed else told
+    others = f"{statistics.median(measured.others):.2f}"
+    return [name, pruning, phase, *times, rate, str(ratio) if ratio else "-", told, others]
 
 
 def _cold_line(name: str, pruning: str, runs: dict[str, list[dict[str, Any]]]) -> list[str]:

@@ -2,21 +2,24 @@
 
 How a figure comes about:
 
-1. Every contestant is run until compiled and warm, then timed once to choose how many calls make a turn.
-2. A round gives each contestant one turn; the order rotates from round to round. A turn is: a pause in which the
-   worker threads of the previous contestant stop spinning, untimed calls (they wake this contestant's threads and
-   restore its caches), then timed calls. The turn's figure is the median of its calls.
-3. A contestant's time is the median over the rounds. A ratio is the median of the ratios *within* each round, given
-   with its quartiles, so that slow drift of a shared machine cancels.
-4. A round during which other processes used more than `MAX_OTHERS` cores does not count: after a second's pause it is
-   repeated, until `PATIENCE_SECONDS` have gone into that; then rounds count as they come and the measurement is marked
-   disturbed. Engines with spinning barriers lose a factor of 30 to one busy neighbour (DeepSparse, [1, 2048], 90 %
-   zeros, 2 cores: 0.9 ms became 30 ms), so a disturbed ratio says nothing and is left out of every summary.
+1. Every contestant is run until compiled and warm; a first time decides how many calls make a turn.
+2. A round gives each contestant one turn; the order rotates from round to round. A turn is: a pause
+   in which the worker threads of the previous contestant stop spinning, untimed calls (they wake
+   this contestant's threads and restore its caches), then timed calls. The turn's figure is the
+   median of its calls.
+3. A contestant's time is the median over the rounds. A ratio is the median of the ratios *within*
+   each round, given with its quartiles, so that slow drift of a shared machine cancels.
+4. A round during which other processes used more than `MAX_OTHERS` cores does not count: after a
+   second's pause it is repeated, until `PATIENCE_SECONDS` have gone into that
+   (`TOTAL_PATIENCE_SECONDS` in a run); then rounds count as they come and the measurement is marked
+   disturbed. Engines with spinning barriers lose a factor of 30 to one busy neighbour (DeepSparse,
+   [1, 2048], 90 % zeros, 2 cores: 0.9 ms became 30 ms), so a disturbed ratio says nothing and is
+   left out of every summary.
 
-Caches: hot by default. The calls of a turn follow each other, so weights that fit the last-level cache are read from
-there; dense fp32 weights of [8192, 2048] are 64 MiB and do not fit the 32 MiB of a common server slice, their packed
-sparse form may. `flush=True` (`--cold`) overwrites a buffer larger than the caches before every call, as the other
-layers of a large model would.
+Caches: hot by default. The calls of a turn follow each other, so weights that fit the last-level
+cache are read from there; dense fp32 weights of [8192, 2048] are 64 MiB and do not fit the 32 MiB
+of a common server slice, their packed sparse form may. `flush=True` (`--cold`) overwrites a buffer
+larger than the caches before every call, as the other layers of a large model would.
 """
 
 import argparse
@@ -40,7 +43,11 @@ TURN_SECONDS = 0.04
 SETTLE_SECONDS = 0.02
 MAX_OTHERS = 0.25
 PATIENCE_SECONDS = 20.0
+TOTAL_PATIENCE_SECONDS = 240.0
 FLUSH_BYTES = 128 << 20
+
+
+_patience = {"left": TOTAL_PATIENCE_SECONDS}
 
 
 class Contestant(Protocol):
@@ -129,7 +136,6 @@ def measure(
     contestants: Sequence[Contestant],
     rounds: int = ROUNDS,
     flush: bool = False,
-    patience: float = PATIENCE_SECONDS,
 ) -> Measurement:
     """Times `contestants` against each other.
 
@@ -137,7 +143,6 @@ def measure(
         contestants: at least one; compiled and warmed up here.
         rounds: rounds that count; fewer than 7 only in tests.
         flush: empty the caches before every call.
-        patience: seconds to spend on rounds that other processes disturbed.
     """
     plan: list[tuple[Contestant, int, int]] = []
     for contestant in contestants:
@@ -146,7 +151,7 @@ def measure(
         plan.append((contestant, 1 if probe > TURN_SECONDS else 2, calls))
     times: dict[str, list[float]] = {contestant.name: [] for contestant in contestants}
     others: list[float] = []
-    repeated = 0
+    repeated, patience = 0, min(PATIENCE_SECONDS, _patience["left"])
     meter = LoadMeter()
     while len(others) < rounds:
         shift = (len(others) + repeated) % len(plan)
@@ -160,7 +165,9 @@ def measure(
         if load > MAX_OTHERS and patience > 0:
             repeated += 1
             time.sleep(1.0)
-            patience -= time.perf_counter() - start
+            spent = time.perf_counter() - start
+            patience -= spent
+            _patience["left"] -= spent
             continue
         others.append(load)
         for name, seconds in turns.items():
@@ -175,7 +182,7 @@ def geometric_mean(values: Iterable[float]) -> float:
 
 
 def verdict(value: float | None, target: float | None) -> str:
-    """How `value` stands to `target`, for a table: "≥ 8.00 met", "≥ 8.00 MISSED", or "-" without a target."""
+    """How `value` stands to `target`: ">= 8.00 met", ">= 8.00 MISSED", "-" without one."""
     if target is None:
         return "-"
     if value is None:
@@ -196,7 +203,8 @@ class Table:
 
     def __init__(self, title: str, columns: Sequence[str], widths: Sequence[int] | None = None):
         self.columns = list(columns)
-        self._widths = [max(len(c), w) for c, w in zip(columns, widths or [0] * len(columns))]
+        wanted = widths or [0] * len(columns)
+        self._widths = [max(len(c), w) for c, w in zip(columns, wanted, strict=True)]
         self.machine = describe()
         self.rows: list[list[str]] = []
         print(f"\n## {title}\n{headline(self.machine)}\n")

@@ -1,12 +1,13 @@
-"""Linear layers, [rows, in] x [out, in] + bias, against Inductor and DeepSparse: `python -m benchmarks.linear --help`.
+"""Linear layers, [rows, in] x [out, in] + bias: `python -m benchmarks.linear --help`.
 
-Every contestant gets the same pruned weight, and its result is compared with float64 before it is timed. Compiling is
-not part of any time in this table (`end_to_end.py` measures that).
+Every contestant gets the same pruned weight, and its result is compared with float64 before it is
+timed. Compiling is not part of any time in this table (`end_to_end.py` measures that).
 """
 
 import argparse
 import gc
 import statistics
+import sys
 from collections.abc import Callable, Sequence
 
 import torch
@@ -47,8 +48,8 @@ def run_cell(
     """Compiles and times all contestants of one cell.
 
     Returns:
-        The measurement (None if nobody can run), the reason of each contestant that cannot, and the seconds each took
-        to compile.
+        The measurement (None if nobody can run), the reason of each contestant that cannot, and the
+        seconds each took to compile.
     """
     torch._dynamo.reset()
     layer, x = make_layer(cell)
@@ -121,11 +122,16 @@ def run(
         [*columns, "cores used by others"],
         [9, 5, 12, 5, 4, 8, *([9, 21, 16] * len(others)), 0],
     )
-    records, notes, summary = [], {}, _Summary()
+    records: list[dict[str, object]] = []
+    notes: dict[str, None] = {}
+    summary = _Summary()
     try:
         for cell in cells:
             measured, reasons, compile_seconds = run_cell(cell, makers, rounds, flush)
-            notes |= {f"{name}: {reason}": None for name, reason in reasons.items()}
+            for note in (f"{name}: {reason}" for name, reason in reasons.items()):
+                if note not in notes:
+                    print(f"[no figure] {note}", file=sys.stderr, flush=True)
+                notes[note] = None
             table.add(*_line(cell, measured, reasons, others, summary))
             records.append(
                 {

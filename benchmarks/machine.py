@@ -1,4 +1,4 @@
-"""What a figure was measured on: CPU, instruction set, caches, threads, versions and competing load."""
+"""What a figure was measured on: CPU, instruction set, caches, threads, versions, load."""
 
 import datetime
 import importlib.metadata
@@ -7,7 +7,7 @@ import platform
 import time
 from pathlib import Path
 
-import psutil
+import psutil  # type: ignore[import-untyped]
 import torch
 
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
@@ -79,7 +79,8 @@ def headline(machine: dict[str, object]) -> str:
     cache_text = ", ".join(f"{level} {size}" for level, size in caches.items())
     return (
         f"{machine['date']} | {machine['cpu']} ({machine['cpu_family_model_stepping']}), "
-        f"{machine['cores']} cores, {' '.join(isa) or machine['torch_cpu_capability']}, {cache_text}\n"
+        f"{machine['cores']} cores, {' '.join(isa) or machine['torch_cpu_capability']}, "
+        f"{cache_text}\n"
         f"threads {machine['threads']} | load average {' '.join(map(str, load))} | "
         f"python {machine['python']}, torch {machine['torch']}, triton {machine['triton']}, "
         f"transformers {machine['transformers']}, sparse_compiler {machine['sparse_compiler']}"

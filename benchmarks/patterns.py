@@ -1,4 +1,4 @@
-"""Zero patterns for weights: keep masks of a given density, and magnitude pruning of whole models."""
+"""Zero patterns: keep masks of a given density, and magnitude pruning of whole models."""
 
 import torch
 

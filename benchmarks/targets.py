@@ -1,7 +1,8 @@
 """The targets of the project, as ratios, for the cells in which they are stated.
 
-All come from the project's performance table: linear layers of [8192, 2048] on a 2-core AVX-512 machine, and SmolLM2.
-Where a cell has no target of its own, the promise "never slower than Inductor" remains: 0.98, which is 2 % of noise.
+All come from the project's performance table: linear layers of [8192, 2048] on a 2-core AVX-512
+machine, and SmolLM2. Where a cell has no target of its own, the promise "never slower than
+Inductor" remains: 0.98, which is 2 % of noise.
 """
 
 NEVER_SLOWER = 0.98
@@ -26,7 +27,7 @@ def linear_target(
     Args:
         shape: (out_features, in_features).
         dtype: "fp32" or "bf16".
-        pattern: "unstructured", "2:4" (held to the unstructured target of 50 %) or a block such as "16x16".
+        pattern: "unstructured", "2:4" (held to the target of 50 % unstructured) or "16x16".
         zeros: fraction of zeros.
         rows: rows of the input.
     """

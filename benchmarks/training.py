@@ -1,6 +1,7 @@
 """Training with masked weights: an MLP at 90 % zeros; `python -m benchmarks.training`.
 
-The masks are those of `torch.nn.utils.prune`, which multiplies them into the weights in every forward.
+The masks are those of `torch.nn.utils.prune`, which multiplies them into the weights in every
+forward.
 """
 
 import argparse

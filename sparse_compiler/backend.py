@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -83,9 +82,7 @@ def sparse(
         lowerings.register_all()
         packed = _lift_constants(after, cpp.digest())
         inputs = [node.name for node in after.graph.nodes if node.op == "placeholder"]
-        compiled = inductor.compile_graph(
-            after, [*example_inputs, *packed.values()], patches
-        )
+        compiled = inductor.compile_graph(after, [*example_inputs, *packed.values()], patches)
         record.call = GuardedCall(
             compiled,
             gm,
@@ -93,7 +90,9 @@ def sparse(
             after.meta["derived"],
             inputs[: len(example_inputs)],
             example_inputs,
-            lambda dense: torch.compile(dense, backend="sparse", mode=mode, options=dict(options or {})),
+            lambda dense: torch.compile(
+                dense, backend="sparse", mode=mode, options=dict(options or {})
+            ),
         )
     for listener in listeners:
         listener(record)
@@ -121,13 +120,20 @@ def _rewrite(
         context.rewrites.append(rewrite)
         context.failed(rewrite, error)
         return CompiledGraph(gm, gm, context.rewrites)
-    before = fx.GraphModule(canonical, copy.copy(canonical.graph))
+    before = fx.GraphModule(canonical, _copied(canonical.graph))
     names = context.options.passes
     manager = PassManager([PASSES[name](context) for name in names if name in PASSES])
     manager(canonical)
     for rewrite in context.rewrites:
         log.info("%s %s: %s", rewrite.kind, rewrite.target, rewrite.reason)
     return CompiledGraph(before, canonical, context.rewrites)
+
+
+def _copied(graph: fx.Graph) -> fx.Graph:
+    """The same nodes again: ``copy.copy`` of a graph would share them, and see every edit."""
+    result = fx.Graph()
+    result.output(result.graph_copy(graph, {}))
+    return result
 
 
 def _lift_constants(gm: fx.GraphModule, digest: str) -> dict[str, torch.Tensor]:
@@ -145,8 +151,10 @@ def _lift_constants(gm: fx.GraphModule, digest: str) -> dict[str, torch.Tensor]:
         if not uses:
             delattr(gm, name)
             continue
-        point = gm.graph.inserting_after(last) if last else gm.graph.inserting_before(
-            next(iter(gm.graph.nodes))
+        point = (
+            gm.graph.inserting_after(last)
+            if last
+            else gm.graph.inserting_before(next(iter(gm.graph.nodes)))
         )
         with point:
             last = gm.graph.placeholder(name)

@@ -114,7 +114,12 @@ def readable_source(source: str) -> str:
     for mark in ("._modules", "._parameters", "._buffers"):
         path = path.replace(mark, "")
     parts = path.replace('"', "'").replace("']['", ".").replace("['", ".").replace("']", "")
-    names = [part for part in parts.split(".") if part not in ("L", "self", "fn", "args", "")]
+    names = [part for part in parts.split(".") if part]
+    # Only in front: a module of the user's model may be called ``self``, as BERT's attention is.
+    if names[:1] in (["L"], ["G"]):
+        del names[0]
+    if len(names) > 1 and names[0] in ("self", "fn", "args"):
+        del names[0]
     return ".".join(names) or source
 
 
@@ -218,9 +223,9 @@ def _retrace(run: Callable[..., Any], inputs: list[Any], fake_mode: Any) -> fx.G
             return fx.Interpreter(run).run(*flat)
 
     with fake_mode, enable_python_dispatcher(), preserve_node_meta():
-        return make_fx(
-            target, pre_dispatch=True, tracing_mode="real", _allow_non_fake_inputs=True
-        )(*inputs)
+        return make_fx(target, pre_dispatch=True, tracing_mode="real", _allow_non_fake_inputs=True)(
+            *inputs
+        )
 
 
 def fetch_attr(module: torch.nn.Module, path: str) -> Any:

@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 
 import torch
+from torch import fx
 
 from sparse_compiler.static import StaticExpression
 
@@ -55,6 +56,37 @@ def derive(
         leaf.name if leaf.op == "placeholder" else str(leaf.target) for leaf in expression.leaves
     )
     return Derived(tuple(attributes), expression, leaves, remake, target, exposed)
+
+
+def drop_unused(gm: fx.GraphModule) -> None:
+    """Forget derived buffers that no node reads any more: a later pass packed them again."""
+    used = {str(node.target) for node in gm.graph.nodes if node.op == "get_attr"}
+    kept: list[Derived] = []
+    for item in gm.meta.get("derived", ()):
+        places = [i for i, name in enumerate(item.attributes) if name in used]
+        if len(places) == len(item.attributes):
+            kept.append(item)
+        elif places:
+            kept.append(
+                dataclasses.replace(
+                    item,
+                    attributes=tuple(item.attributes[i] for i in places),
+                    remake=_only(item.remake, places),
+                )
+            )
+    for name in [name for name in gm.meta.get("constants", ()) if name not in used]:
+        delattr(gm, name)
+        gm.meta["constants"].remove(name)
+    if "derived" in gm.meta:
+        gm.meta["derived"] = kept
+
+
+def _only(remake: Remake, places: Sequence[int]) -> Remake:
+    def some(value: torch.Tensor) -> list[torch.Tensor]:
+        made = remake(value)
+        return [made[i] for i in places]
+
+    return some
 
 
 def has_version(tensor: torch.Tensor) -> bool:

@@ -9,7 +9,7 @@ and records it. Passes neither insert nor erase nodes on their own.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import networkx as nx
@@ -19,7 +19,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from sparse_compiler.errors import RegionError
-from sparse_compiler.static import mutated_nodes
+from sparse_compiler.static import is_mutated, with_aliases, writes_to
 
 
 def region_graph(graph: fx.Graph) -> nx.DiGraph:
@@ -73,11 +73,10 @@ class Region:
         for node in wanted:
             if node.op != "call_function":
                 raise RegionError(f"{node} is a {node.op}: only operators can be in a region.")
-        order = {node: i for i, node in enumerate(next(iter(graphs)).nodes)}
-        inside = sorted(wanted, key=order.__getitem__)
+        inside = sorted(wanted)  # nodes compare by their place in the graph
         outputs = [n for n in inside if any(user not in wanted for user in n.users)]
         inputs = {a for n in inside for a in n.all_input_nodes if a not in wanted}
-        return cls(tuple(inside), tuple(outputs), tuple(sorted(inputs, key=order.__getitem__)))
+        return cls(tuple(inside), tuple(outputs), tuple(sorted(inputs)))
 
     @property
     def graph(self) -> fx.Graph:
@@ -85,47 +84,57 @@ class Region:
 
     def is_convex(self) -> bool:
         """Whether no path leaves the region and comes back."""
-        inside = set(self.nodes)
-        digraph = region_graph(self.graph)
-        outside_after = {
-            node for out in self.outputs for node in digraph.successors(out) if node not in inside
-        }
+        inside, last = set(self.nodes), self.nodes[-1]
+        waiting = [user for node in self.outputs for user in node.users if user not in inside]
         reached: set[fx.Node] = set()
-        for node in outside_after:
-            reached |= nx.descendants(digraph, node)
-        return not (reached & inside)
+        while waiting:
+            node = waiting.pop()
+            if node in inside:
+                return False
+            # What comes after the region's end cannot lead back into it.
+            if node not in reached and node < last:
+                reached.add(node)
+                waiting.extend(node.users)
+        return True
 
     def why_not_movable(self) -> str | None:
-        """Why the region may not be computed as one step at its end, or None if it may."""
+        """Why the region may not be computed as one step at its end, or None if it may.
+
+        Looks at the region's surroundings only, so that many edits of a large graph stay cheap.
+        """
         if not self.is_convex():
             return "a path leaves the region and comes back to it"
-        written = mutated_nodes(self.graph)
         for node in self.nodes:
-            if node in written:
+            if is_mutated(node) and not self._owns(node):
                 return f"{node.name} is written to in place"
-        changed = [node for node in self.inputs if node in written]
-        if changed and self._written_within():
-            return f"{changed[0].name}, which it reads, is written to in place"
-        last = self._order()[self.nodes[-1]]
+        written = self._written_within()
+        if written:
+            return f"{written[0].name}, which it reads, is written to in place"
         for output in self.outputs:
             for user in output.users:
-                if user not in self.nodes and self._order()[user] < last:
+                if user not in self.nodes and user < self.nodes[-1]:
                     return f"{user.name} needs {output.name} before the region ends"
         return None
 
-    def _order(self) -> dict[fx.Node, int]:
-        return {node: i for i, node in enumerate(self.graph.nodes)}
+    def _owns(self, node: fx.Node) -> bool:
+        """Whether all that shares storage with a node, or writes to it, is in the region."""
+        shared = with_aliases([node])
+        writers = {user for alias in shared for user in alias.users if alias in writes_to(user)}
+        return (shared | writers).issubset(self.nodes)
 
-    def _written_within(self) -> bool:
-        """Whether an operator between the region's first and last node writes to memory."""
-        order = self._order()
-        first, last = order[self.nodes[0]], order[self.nodes[-1]]
-        return any(
-            first <= order[node] <= last
-            and isinstance(node.target, torch._ops.OpOverload)
-            and node.target._schema.is_mutable
-            for node in self.graph.nodes
-        )
+    def _written_within(self) -> list[fx.Node]:
+        """Inputs that an operator between the region's first and last node writes to."""
+        written = {n for node in _span(self.nodes[0], self.nodes[-1].next) for n in writes_to(node)}
+        if not written:
+            return []
+        return [node for node in self.inputs if not written.isdisjoint(with_aliases([node]))]
+
+
+def _span(first: fx.Node, stop: fx.Node) -> Iterator[fx.Node]:
+    """The nodes of the graph from ``first`` to the one before ``stop``."""
+    while first is not stop:
+        yield first
+        first = first.next
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,18 +211,18 @@ def replace_region(
     reason = region.why_not_movable()
     if reason is not None:
         raise RegionError(f"{rule}: {reason}")
-    existing = set(graph.nodes)
+    last, behind = region.nodes[-1], region.nodes[-1].next
     builder = Builder(gm, region)
     try:
-        with graph.inserting_before(region.nodes[-1].next):
+        with graph.inserting_before(behind):
             built = build(builder, *region.inputs)
         results = (built,) if isinstance(built, fx.Node) else tuple(built)
         _check_results(region.outputs, results, rule)
-        created = [node for node in graph.nodes if node not in existing]
+        created = list(_span(last.next, behind))
         if verify is not None:
             verify(region, created, results)
     except BaseException:
-        for node in reversed([node for node in graph.nodes if node not in existing]):
+        for node in reversed(list(_span(last.next, behind))):
             graph.erase_node(node)
         builder.undo()
         raise
@@ -230,9 +239,7 @@ def replace_region(
     return results
 
 
-def _check_results(
-    outputs: Sequence[fx.Node], results: Sequence[fx.Node], rule: str
-) -> None:
+def _check_results(outputs: Sequence[fx.Node], results: Sequence[fx.Node], rule: str) -> None:
     if len(outputs) != len(results):
         raise RegionError(f"{rule}: {len(results)} results for {len(outputs)} outputs.")
     for old, new in zip(outputs, results, strict=True):

@@ -130,7 +130,18 @@ def explain(
     )
 
 
-_HEADINGS = ("layer", "shape", "rows", "zeros", "pattern", "format", "dense", "sparse", "gain", "why")
+_HEADINGS = (
+    "layer",
+    "shape",
+    "rows",
+    "zeros",
+    "pattern",
+    "format",
+    "dense",
+    "sparse",
+    "gain",
+    "why",
+)
 
 
 def _table(rewrites: Sequence[Rewrite]) -> list[str]:

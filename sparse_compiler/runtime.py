@@ -172,7 +172,9 @@ class GuardedCall:
         """Count dense calls with the same weights; compile anew once they have settled."""
         self.stale_calls += 1
         positions = sorted({self._inputs[leaf] for item in self._derived for leaf in item.leaves})
-        now = tuple((id(args[p]), -1 if args[p].is_inference() else args[p]._version) for p in positions)
+        now = tuple(
+            (id(args[p]), -1 if args[p].is_inference() else args[p]._version) for p in positions
+        )
         self._settled_calls = self._settled_calls + 1 if now == self._settling else 0
         self._settling = now
         if self._settled_calls >= _SETTLED_CALLS:

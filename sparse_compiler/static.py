@@ -9,8 +9,9 @@ a leaf has changed.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -44,12 +45,31 @@ class StaticExpression:
         }
         with torch.no_grad():
             for node, given_args, given_kwargs in self.steps:
+                if node.op == "get_attr":  # a derived buffer: another name for its expression
+                    values[node] = values[given_args[0]]
+                    continue
                 args = fx.node.map_arg(given_args, values.__getitem__)
                 kwargs = fx.node.map_arg(given_kwargs, values.__getitem__)
                 values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
         result = values[self.node]
         assert isinstance(result, torch.Tensor)
         return result
+
+
+def combine(
+    function: Callable[..., torch.Tensor], expressions: Sequence[StaticExpression]
+) -> StaticExpression:
+    """The expression ``function(*values)`` of the values of other expressions."""
+    leaves = dict.fromkeys(leaf for item in expressions for leaf in item.leaves)
+    steps = {step[0]: step for item in expressions for step in item.steps}
+    # A node of no graph that only names the result.
+    name = fx.Graph().create_node("call_function", function, name="combined")
+    given = tuple(item.node for item in expressions)
+    return StaticExpression(name, tuple(leaves), (*steps.values(), (name, given, {})))
+
+
+def _made(remake: Callable[[Any], Sequence[Any]], place: int, value: torch.Tensor) -> Any:
+    return remake(value)[place]
 
 
 class StaticValues:
@@ -69,6 +89,8 @@ class StaticValues:
         self._names: Mapping[str, str] = gm.meta.get("static_names", {})
         self._mutated = mutated_nodes(gm.graph)
         self._known: dict[fx.Node, bool] = {}
+        for node in gm.graph.nodes:  # in order, so that no chain of operators is too long
+            self.is_static(node)
 
     def leaf(self, node: fx.Node) -> torch.Tensor | None:
         """The tensor behind a static leaf, or None for any other node."""
@@ -112,23 +134,37 @@ class StaticValues:
         """The static expression that ends in ``node``, or None."""
         if not self.is_static(node):
             return None
-        leaves: list[fx.Node] = []
-        steps: list[tuple[fx.Node, tuple[Any, ...], dict[str, Any]]] = []
-        seen: set[fx.Node] = set()
-
-        def visit(current: fx.Node) -> None:
-            if current in seen:
-                return
-            seen.add(current)
-            for argument in current.all_input_nodes:
-                visit(argument)
-            if current.op == "call_function":
-                steps.append((current, current.args, dict(current.kwargs)))
+        leaves: dict[fx.Node, None] = {}
+        steps: dict[fx.Node, tuple[fx.Node, tuple[Any, ...], dict[str, Any]]] = {}
+        needed: set[fx.Node] = set()
+        waiting = [node]
+        while waiting:
+            current = waiting.pop()
+            if current not in needed:
+                needed.add(current)
+                waiting.extend(current.all_input_nodes)
+        for current in sorted(needed):  # graph order
+            source = self._source(current)
+            if source is not None:
+                leaves.update(dict.fromkeys(source.leaves))
+                steps.update((step[0], step) for step in source.steps)
+                steps[current] = (current, (source.node,), {})
+            elif current.op == "call_function":
+                steps[current] = (current, current.args, dict(current.kwargs))
             else:
-                leaves.append(current)
+                leaves[current] = None
+        return StaticExpression(node, tuple(leaves), tuple(steps.values()))
 
-        visit(node)
-        return StaticExpression(node, tuple(leaves), tuple(steps))
+    def _source(self, node: fx.Node) -> StaticExpression | None:
+        """What a buffer that another pass derived was made from, or None for other nodes."""
+        if node.op != "get_attr":
+            return None
+        for item in self.gm.meta.get("derived", ()):
+            if node.target in item.attributes:
+                place = item.attributes.index(node.target)
+                pick = functools.partial(_made, item.remake, place)
+                return combine(pick, [item.expression])
+        return None
 
     def value(self, node: fx.Node) -> torch.Tensor | None:
         """The present value of a static node, or None for any other node."""
@@ -152,22 +188,37 @@ class StaticValues:
 
 def mutated_nodes(graph: fx.Graph) -> set[fx.Node]:
     """Nodes whose storage some operator of the graph writes to, views of them included."""
-    written: set[fx.Node] = set()
-    for node in graph.nodes:
-        if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
-            continue
+    return with_aliases(written for node in graph.nodes for written in writes_to(node))
+
+
+def is_mutated(node: fx.Node) -> bool:
+    """Whether the node is among ``mutated_nodes``: looks at its aliases only, not at the graph."""
+    return any(alias in writes_to(u) for alias in with_aliases([node]) for u in alias.users)
+
+
+def with_aliases(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    """The nodes and all that may share storage with them: bases, and other views of those."""
+    found = set(nodes)
+    waiting = list(found)
+    while waiting:
+        node = waiting.pop()
+        views = (user for user in node.users if node in aliased_inputs(user))
+        new = {*aliased_inputs(node), *views} - found
+        found |= new
+        waiting.extend(new)
+    return found
+
+
+def writes_to(node: fx.Node) -> list[fx.Node]:
+    """The arguments that an operator writes to."""
+    found: list[fx.Node] = []
+    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+        return found
+    if node.target._schema.is_mutable:
         for argument, value in zip(node.target._schema.arguments, _bound(node), strict=False):
             if argument.alias_info is not None and argument.alias_info.is_write:
-                fx.node.map_arg(value, written.add)
-    changed = True
-    while changed:  # a write to a view is a write to its base and to the base's other views
-        changed = False
-        for node in graph.nodes:
-            for source in _aliased_inputs(node):
-                if (node in written) != (source in written):
-                    written.update((node, source))
-                    changed = True
-    return written
+                fx.node.map_arg(value, found.append)
+    return found
 
 
 def _bound(node: fx.Node) -> list[object]:
@@ -178,7 +229,7 @@ def _bound(node: fx.Node) -> list[object]:
     return [*positional, *(node.kwargs.get(name) for name in names[len(positional) :])]
 
 
-def _aliased_inputs(node: fx.Node) -> list[fx.Node]:
+def aliased_inputs(node: fx.Node) -> list[fx.Node]:
     """Inputs that a node's result may share storage with."""
     if node.op != "call_function":
         return []

@@ -14,6 +14,11 @@ from sparse_compiler.ops import linear as _linear_ops  # noqa: F401  registers t
 _CSR = ("values", "columns", "segments")
 
 
+def _rows_of_block(table: Any) -> int:
+    """Third size of a layout's table [n-blocks, k-blocks, rows or groups of an n-block, ...]."""
+    return int(table.get_size()[2])
+
+
 def _linear_csr(
     x: Any,
     values: Any,
@@ -32,6 +37,7 @@ def _linear_csr(
         in_features=in_features,
         group=group,
         k_block=k_block,
+        n_block=_rows_of_block(segments) * group,
     )
     size = [x.get_size()[0], out_features]
     return inductor.lower_kernel(kernel, [x, values, columns, segments], x.get_dtype(), size)
@@ -41,19 +47,20 @@ def _linear_bitmap(
     x: Any,
     values: Any,
     bits: Any,
-    row_starts: Any,
+    starts: Any,
     out_features: int,
     in_features: int,
     digest: str = "",
 ) -> Any:
     kernel = cpp.linear_kernel(
         "linear_bitmap",
-        ("values", "bits", "row_starts"),
+        ("values", "bits", "starts"),
         out_features=out_features,
         in_features=in_features,
+        n_block=_rows_of_block(bits),
     )
     size = [x.get_size()[0], out_features]
-    return inductor.lower_kernel(kernel, [x, values, bits, row_starts], x.get_dtype(), size)
+    return inductor.lower_kernel(kernel, [x, values, bits, starts], x.get_dtype(), size)
 
 
 def _masked_linear_csr(x: Any, *args: Any) -> Any:
@@ -77,6 +84,7 @@ def _sampled_csr(
         in_features=in_features,
         group=group,
         k_block=k_block,
+        n_block=_rows_of_block(segments) * group,
         tail=64 * group * per_unit,
     )
     size = [columns.get_size()[0] * group * per_unit]

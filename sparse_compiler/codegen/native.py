@@ -16,14 +16,16 @@ from sparse_compiler.codegen import cpp, inductor
 
 
 @functools.cache
-def _library(name: str, dtype: torch.dtype, group: int, static_rows: int, isa: int) -> Any:
+def _library(
+    name: str, dtype: torch.dtype, group: int, n_block: int, static_rows: int, isa: int
+) -> Any:
     source = jinja2.Template(cpp.template("timing"), undefined=jinja2.StrictUndefined).render(
         name=name,
         isa=isa,
         headers=cpp.headers(name),
         element="F32" if dtype is torch.float32 else "BF16",
         group=group,
-        n_block=cpp.N_BLOCK,
+        n_block=n_block,
         static_rows=static_rows,
     )
     return inductor.load_library(source)
@@ -44,7 +46,11 @@ def linear(
 ) -> None:
     """Run ``linear_csr`` or ``linear_bitmap`` into ``out`` [rows, out_features]; all contiguous."""
     rows, in_features = x.shape
-    library = _library(name, x.dtype, group, 1 if rows == 1 else -1, inductor.vector_isa())
+    # [n-blocks, k-blocks, rows or groups of an n-block, ...]
+    table = packed[2] if name == "linear_csr" else packed[1]
+    n_block = table.shape[2] * group
+    static_rows = 1 if rows == 1 else -1
+    library = _library(name, x.dtype, group, n_block, static_rows, inductor.vector_isa())
     sizes = [ctypes.c_int64(size) for size in (rows, out.shape[1], in_features)]
     library.run(
         _address(x),
@@ -67,7 +73,8 @@ def sampled(
     k_block: int,
 ) -> None:
     """Run ``sampled_csr`` into ``out``, float32, one per stored value; all contiguous."""
-    library = _library("sampled_csr", x.dtype, group, -1, inductor.vector_isa())
+    n_block = segments.shape[2] * group
+    library = _library("sampled_csr", x.dtype, group, n_block, -1, inductor.vector_isa())
     sizes = [ctypes.c_int64(size) for size in (x.shape[0], grad.shape[1], x.shape[1])]
     library.run(
         _address(grad),

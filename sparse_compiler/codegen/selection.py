@@ -65,7 +65,9 @@ class MeasuringSelector:
                 times.append((found[0] / found[1], *found, rows))
             ratio, dense, sparse, rows = min(times)
             if best is None or ratio > (best.speedup or 0):
-                best = Decision(name, f"measured {ratio:.2f}x at {_rows(rows)}", ratio, dense, sparse)
+                best = Decision(
+                    name, f"measured {ratio:.2f}x at {_rows(rows)}", ratio, dense, sparse
+                )
         assert best is not None and best.speedup is not None
         if best.speedup >= self._min_speedup:
             return best
@@ -165,20 +167,25 @@ def _sparse_runs(
     y = x.new_empty(rows, problem.out_features)
     if name == "bitmap":
         layout, values = bitmap.pack(weight)
-        packed = (values, layout.bits, layout.row_starts)
+        packed = (values, layout.bits, layout.starts)
 
         def run(copy: tuple[torch.Tensor, ...]) -> Run:
             return lambda: native.linear("linear_bitmap", x, copy, y)  # type: ignore[arg-type]
     else:
         group = csr.group_of(name, problem.pattern)
-        judged = None if problem.training else min(problem.rows)
+        judged = None if problem.training or problem.dynamic else rows
         blocked, values = csr.pack(weight, group=group, rows=judged)
         packed = (values, blocked.columns, blocked.segments)
 
         def run(copy: tuple[torch.Tensor, ...]) -> Run:
             def forward() -> None:
                 native.linear(
-                    "linear_csr", x, copy, y, group=group, k_block=blocked.k_block  # type: ignore[arg-type]
+                    "linear_csr",
+                    x,
+                    copy,
+                    y,
+                    group=group,
+                    k_block=blocked.k_block,  # type: ignore[arg-type]
                 )
 
             if not problem.training:

@@ -58,11 +58,10 @@ def candidates(problem: LinearProblem) -> list[str]:
         return ["block"] if pattern.block is not None and pattern.block[0] >= 4 else ["csr"]
     if pattern.block is not None and pattern.block[0] >= 4:
         return ["block", "csr"] if pattern.sparsity >= 0.6 else ["block"]
-    if pattern.n_of_m is not None or pattern.sparsity < 0.6:
-        return ["bitmap"]
-    if pattern.sparsity < 0.75:
-        return ["bitmap", "csr"]
-    return ["csr"]
+    if pattern.sparsity >= 0.75:
+        return ["csr"]
+    # Expanding a bitmap costs the same for one row and for eight.
+    return ["bitmap", "csr"] if min(problem.rows) <= 8 else ["csr", "bitmap"]
 
 
 def dense_ms(problem: LinearProblem, rows: int) -> float:

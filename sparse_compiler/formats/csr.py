@@ -1,7 +1,7 @@
 """Blocked CSR: the kept weights in the order the CPU kernels read them.
 
 Rows come in groups of ``group`` rows that share one list of columns (1: unstructured; 4, 8, 16:
-block-sparse). A weight is cut into n-blocks of 64 rows and k-blocks of ``k_block`` units; a unit is
+block-sparse). A weight is cut into n-blocks of 64 or 128 rows and k-blocks of ``k_block`` units; a unit is
 32 bits: one float32, or two neighbouring bfloat16. What one group keeps in one k-block is a
 segment; segments lie in memory by n-block, k-block and descending length, so that the kernel reads
 one forward stream and its inner loops keep their trip counts.
@@ -13,10 +13,9 @@ import dataclasses
 
 import torch
 
-from sparse_compiler.formats.pattern import Pattern
+from sparse_compiler.formats import blocking
+from sparse_compiler.formats.pattern import Pattern, count_kept
 
-N_BLOCK = 64
-MAX_UNITS = 65535
 GROUPS = (16, 8, 4)
 # The vector kernels may read this many units past the end.
 _TAIL = 64
@@ -28,7 +27,7 @@ class CsrLayout:
 
     Attributes:
         columns: int16 (read as unsigned) [units + 64], unit column of each stored unit.
-        segments: int32 [n-blocks, k-blocks, 64 / group, 2]: start, and count | group << 16.
+        segments: int32 [n-blocks, k-blocks, rows of an n-block / group, 2]: start, and count | group << 16.
     """
 
     out_features: int
@@ -80,7 +79,7 @@ def pack(
     Args:
         weight: [out_features, in_features], float32 or bfloat16, in_features up to 65535 units.
         group: rows that share a column list: 1, 4, 8 or 16.
-        rows: rows of the input it will be used with; decides the size of the k-blocks.
+        rows: rows of the input it will be used with, None if any; decides the k-blocks.
         k_block: units of a k-block, where it is to be that of an earlier layout.
 
     Returns:
@@ -89,37 +88,46 @@ def pack(
     out_features, in_features = weight.shape
     per_unit = 4 // weight.dtype.itemsize
     units = -(-in_features // per_unit)
-    zero = 0x7FFF7FFF if per_unit == 2 else 0x7FFFFFFF  # all bits but the signs
     if k_block is None:
-        share = float((weight != 0).sum()) / max(1, weight.numel())
-        k_block = _k_block(1 - (1 - share) ** per_unit, units, group, rows)
-    blocks_k, blocks_n = max(1, -(-units // k_block)), max(1, -(-out_features // N_BLOCK))
-    groups = N_BLOCK // group
+        share = int(torch.count_nonzero(weight)) / max(1, weight.numel())
+        stored = share if group > 1 else 1 - (1 - share) ** per_unit
+        k_block = blocking.k_block(stored, units, group=group, rows=rows)
+    n_block = blocking.n_block(out_features)
+    blocks_k, blocks_n = max(1, -(-units // k_block)), max(1, -(-out_features // n_block))
+    groups = n_block // group
     padded = weight.detach()
-    missing = (blocks_k * k_block * per_unit - in_features, blocks_n * N_BLOCK - out_features)
+    missing = (blocks_k * k_block * per_unit - in_features, blocks_n * n_block - out_features)
     if any(missing):
         padded = torch.nn.functional.pad(padded, (0, missing[0], 0, missing[1]))
-    bits = padded.contiguous().view(torch.int32)
-    bits = bits.view(blocks_n, groups, group, blocks_k, k_block)
-    kept = (bits & zero) != 0
-    kept = kept[:, :, 0] if group == 1 else kept.any(dim=2)
-    counts = kept.transpose(1, 2).sum(dim=3, dtype=torch.int32)  # [n-block, k-block, group]
+    padded = padded.contiguous()
+    bits = padded.view(torch.int32)
+    kept = padded != 0  # -0.0 == 0
+    if per_unit == 2:
+        kept = kept.view(torch.int16) != 0
+    if group > 1:
+        kept = kept.view(blocks_n * groups, group, -1).any(dim=1)
+    kept = kept.reshape(-1, k_block)  # [n-blocks * groups * k-blocks, k_block]
+    counts = count_kept(kept).view(blocks_n, groups, blocks_k).transpose(1, 2)
     order = counts.argsort(dim=2, descending=True, stable=True)
     counts = counts.gather(2, order).flatten()
-    n_block = torch.arange(blocks_n)[:, None, None]
+    block = torch.arange(blocks_n)[:, None, None]
     k = torch.arange(blocks_k)[:, None]
-    # Row of the [.., k_block] view at which each segment's first row of weights begins.
-    first = ((n_block * groups + order) * group * blocks_k + k).flatten()
-    rows_of = (first[:, None] + torch.arange(group) * blocks_k).flatten()
-    segment_bits = bits.view(-1, k_block).index_select(0, rows_of).view(-1, group, k_block)
-    stored = ((segment_bits & zero) != 0).any(dim=1)
-    if group == 1:
-        values = segment_bits[:, 0].masked_select(stored)
-    else:
-        values = segment_bits.transpose(1, 2)[stored].flatten()
-    number = torch.arange(counts.numel()) // groups % blocks_k
-    columns = (number * k_block).to(torch.int16)[:, None] + torch.arange(k_block).to(torch.int16)
-    columns = columns.masked_select(stored)
+    # Rows of [.., k_block] views of `kept` and of `bits`, in the order of the segments.
+    segment = ((block * groups + order) * blocks_k + k).flatten()
+    first = ((block * groups + order) * group * blocks_k + k).flatten()
+    # Where each stored unit is, in units of [segments, k_block].
+    at = blocking.flat_nonzero(kept.index_select(0, segment))
+    number = torch.arange(counts.numel())
+
+    def moved(row_of_segment: torch.Tensor) -> torch.Tensor:
+        offset = (row_of_segment - number) * k_block
+        return at + offset.repeat_interleave(counts, output_size=at.numel())
+
+    columns = moved(number // groups % blocks_k).to(torch.int16)
+    place = moved(first)
+    if group > 1:
+        place = (place[:, None] + torch.arange(group) * (blocks_k * k_block)).flatten()
+    values = bits.view(-1)[place]
     starts = (counts.cumsum(0) - counts).to(torch.int32)
     table = torch.stack([starts, counts | (order.flatten().int() << 16)], dim=1)
     layout = CsrLayout(
@@ -133,18 +141,6 @@ def pack(
     )
     values = torch.cat([values, values.new_zeros(_TAIL * group)])
     return layout, values.view(weight.dtype)
-
-
-def _k_block(density: float, units: int, group: int, rows: int | None) -> int:
-    """Units of a k-block: short enough that a panel of x stays in L1, long enough to fill."""
-    if rows == 1:
-        wanted = MAX_UNITS
-    elif group > 1:
-        wanted = 128
-    else:
-        steps = ((0.4, 64), (0.15, 128), (0.07, 256))
-        wanted = next((size for least, size in steps if density >= least), MAX_UNITS)
-    return max(1, min(wanted, units))
 
 
 def element_index(
@@ -167,8 +163,8 @@ def element_index(
     counts = (table[:, 1] & 0xFFFF).long()
     groups = segments.shape[2]
     per_n_block = segments.shape[1] * groups
-    n_block = torch.arange(table.shape[0], device=table.device) // per_n_block
-    first_row = n_block * N_BLOCK + (table[:, 1] >> 16).long() * group
+    block = torch.arange(table.shape[0], device=table.device) // per_n_block
+    first_row = block * (groups * group) + (table[:, 1] >> 16).long() * group
     total = columns.numel() - _TAIL
     row = torch.repeat_interleave(first_row, counts, output_size=total)
     unit = columns[:total].long() & 0xFFFF

@@ -8,6 +8,7 @@ meant 2:4 wants to know.
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import torch
 
@@ -72,19 +73,34 @@ def find_pattern(weight: torch.Tensor) -> Pattern:
     """
     shape = (weight.shape[0], weight.shape[1])
     kept = weight != 0  # -0.0 == 0
-    nonzeros = int(kept.sum())
+    nonzeros = int(torch.count_nonzero(kept))  # three times as fast as a sum
     total = shape[0] * shape[1]
     if nonzeros in (0, total) or total == 0:
         dead = total if nonzeros == 0 else 0
         return Pattern(shape, nonzeros, None, None, *(shape if dead else (0, 0)))
-    zero_rows = shape[0] - int(kept.any(dim=1).sum())
-    zero_columns = shape[1] - int(kept.any(dim=0).sum())
+    # A maximum of bytes is several times faster than any().
+    zero_rows = shape[0] - int(kept.view(torch.uint8).amax(dim=1).sum())
+    zero_columns = shape[1] - int(kept.view(torch.uint8).amax(dim=0).sum())
     near: list[str] = []
     density = nonzeros / total
     # A nearly dense weight is not worth the search.
     n_of_m = _find_n_of_m(kept, density, near) if density < 0.97 else None
     block = None if n_of_m or density >= 0.97 else _find_block(kept, nonzeros)
     return Pattern(shape, nonzeros, n_of_m, block, zero_rows, zero_columns, tuple(near))
+
+
+def count_kept(kept: torch.Tensor) -> torch.Tensor:
+    """How many of each row are true: contiguous bools [rows, columns] to int32 [rows]."""
+    rows, columns = kept.shape
+    chunk = math.gcd(columns, 1024)
+    if chunk < 8 or not rows:
+        return kept.sum(dim=1, dtype=torch.int32)
+    # Eight bools are one int64 of bytes, and at most 128 of those add up without a carry between
+    # bytes: several times faster than a sum over bools, which converts each of them first.
+    bytes_ = kept.view(-1).view(torch.int64).view(rows, -1, chunk // 8).sum(dim=2)
+    low = 0x00FF00FF00FF00FF
+    sums = (bytes_ & low) + (bytes_ >> 8 & low)
+    return (sums * 0x0001000100010001 >> 48).sum(dim=1, dtype=torch.int32)
 
 
 def _find_n_of_m(kept: torch.Tensor, density: float, near: list[str]) -> tuple[int, int] | None:
@@ -116,28 +132,20 @@ def _group_counts(kept: torch.Tensor, m: int) -> torch.Tensor:
 
 def _find_block(kept: torch.Tensor, nonzeros: int) -> tuple[int, int] | None:
     """The largest r x c such that the blocks with anything in them are (nearly) full."""
-    rows, columns = 1, 1
-    tiles = kept
-    for rows, tiles in _grow(tiles, 0, nonzeros, 1):
-        pass
-    for columns, tiles in _grow(tiles, 1, nonzeros, rows):
-        pass
+    rows, tiles = _grow(kept, 0, nonzeros, 1)
+    columns, _ = _grow(tiles, 1, nonzeros, rows)
     return None if rows == columns == 1 else (rows, columns)
 
 
-def _grow(
-    tiles: torch.Tensor, dim: int, nonzeros: int, side: int
-) -> list[tuple[int, torch.Tensor]]:
+def _grow(tiles: torch.Tensor, dim: int, nonzeros: int, side: int) -> tuple[int, torch.Tensor]:
     """Double the blocks along one dimension for as long as they stay full."""
-    found: list[tuple[int, torch.Tensor]] = [(1, tiles)]
+    found = 1, tiles
     for size in _BLOCK_SIDES:
         if tiles.shape[dim] % 2:
             break
-        even, odd = (
-            (tiles[0::2], tiles[1::2]) if dim == 0 else (tiles[:, 0::2], tiles[:, 1::2])
-        )
+        even, odd = (tiles[0::2], tiles[1::2]) if dim == 0 else (tiles[:, 0::2], tiles[:, 1::2])
         tiles = even | odd
         if nonzeros < _BLOCK_FILL * int(tiles.sum()) * size * side:
             break
-        found.append((size, tiles))
+        found = size, tiles
     return found

@@ -25,7 +25,7 @@ _LIBRARY.define(
     f"linear_csr(Tensor x, Tensor values, {_LAYOUT}, int k_block, str digest='') -> Tensor"
 )
 _LIBRARY.define(
-    "linear_bitmap(Tensor x, Tensor values, Tensor bits, Tensor row_starts, int out_features, "
+    "linear_bitmap(Tensor x, Tensor values, Tensor bits, Tensor starts, int out_features, "
     "int in_features, str digest='') -> Tensor"
 )
 _LIBRARY.define(
@@ -70,7 +70,7 @@ def _linear_bitmap(
     x: torch.Tensor,
     values: torch.Tensor,
     bits: torch.Tensor,
-    row_starts: torch.Tensor,
+    starts: torch.Tensor,
     out_features: int,
     in_features: int,
     digest: str = "",

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from sparse_compiler.passes.base import Pass, PassContext, PassManager, Rewrite
+from sparse_compiler.passes.dead_channels import DeadChannels
 from sparse_compiler.passes.fold_static import FoldStatic
 from sparse_compiler.passes.sparse_linear import SparseLinear
 
 PASSES: dict[str, type[Pass]] = {
+    DeadChannels.name: DeadChannels,
     FoldStatic.name: FoldStatic,
     SparseLinear.name: SparseLinear,
 }
 
 __all__ = [
     "PASSES",
+    "DeadChannels",
     "FoldStatic",
     "Pass",
     "PassContext",

@@ -18,6 +18,7 @@ import torch
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassResult
 
+from sparse_compiler.derived import drop_unused
 from sparse_compiler.errors import PassError, SparseCompilerError
 from sparse_compiler.formats.cost import Decision, LinearProblem, ModelSelector
 from sparse_compiler.options import Options
@@ -141,6 +142,7 @@ class Pass(abc.ABC):
         modified = len(gm.meta.get("edits", ())) > edits
         if modified:
             gm.graph.eliminate_dead_code()
+            drop_unused(gm)
             gm.graph.lint()
             gm.recompile()
         log.debug("%s: %s", self.name, "changed the graph" if modified else "no change")

@@ -16,6 +16,7 @@ from torch import fx
 
 from sparse_compiler.derived import Remake, derive, fitted, has_version
 from sparse_compiler.formats import bitmap, csr
+from sparse_compiler.formats.blocking import MAX_UNITS
 from sparse_compiler.formats.cost import LinearProblem
 from sparse_compiler.formats.pattern import Pattern, find_pattern
 from sparse_compiler.ops import linear as _operators  # noqa: F401  registers the operators
@@ -97,7 +98,8 @@ class SparseLinear(Pass):
         if masked is not None:
             rewrite_masked(gm, layer, static, masked, decision, problem, self.context, rewrite)
             return
-        packed = pack(decision.format, matrix, pattern, min(problem.rows))
+        rows = None if problem.dynamic else problem.rows[0]
+        packed = pack(decision.format, matrix, pattern, rows)
         attributes: list[str] = []
 
         def build(builder: Builder, *inputs: fx.Node) -> fx.Node:
@@ -130,16 +132,16 @@ class Packed:
     tensors: dict[str, torch.Tensor]
     literals: tuple[int, ...]
     pattern: Pattern
-    rows: int
+    rows: int | None
 
 
 def pack(
-    name: str, matrix: torch.Tensor, pattern: Pattern, rows: int, k_block: int | None = None
+    name: str, matrix: torch.Tensor, pattern: Pattern, rows: int | None, k_block: int | None = None
 ) -> Packed:
     """Pack a weight [out_features, in_features] in the format ``name``."""
     if name == "bitmap":
         layout, values = bitmap.pack(matrix)
-        tensors = {"values": values, "bits": layout.bits, "row_starts": layout.row_starts}
+        tensors = {"values": values, "bits": layout.bits, "starts": layout.starts}
         return Packed(name, ops.linear_bitmap.default, tensors, pattern.shape, pattern, rows)
     group = csr.group_of(name, pattern)
     blocked, values = csr.pack(matrix, group=group, rows=rows, k_block=k_block)
@@ -185,9 +187,7 @@ def refuse_tensor(value: torch.Tensor) -> str | None:
     if value.dtype is torch.float64:
         return "the weight is float64: sparse kernels take float32 and bfloat16"
     if value.dtype is torch.float16:
-        return (
-            "the weight is float16, which this CPU computes through float32: use bfloat16 or float32"
-        )
+        return "the weight is float16, which this CPU computes through float32: use bfloat16 or float32"
     if value.dtype not in DTYPES:
         return f"the weight is {value.dtype} (quantized?): sparse kernels take float32 and bfloat16"
     return None
@@ -209,8 +209,8 @@ def _refuse_pattern(pattern: Pattern) -> str | None:
     in_features = pattern.shape[1]
     if pattern.sparsity < LEAST_SPARSITY:
         return f"{pattern.sparsity:.0%} zeros are too few for any format to pay"
-    if in_features > csr.MAX_UNITS:
-        return f"in_features {in_features} is above {csr.MAX_UNITS}, which 16-bit columns can name"
+    if in_features > MAX_UNITS:
+        return f"in_features {in_features} is above {MAX_UNITS}, which 16-bit columns can name"
     if pattern.nonzeros >= 2**31 - 2**10:
         return "more than 2**31 weights are kept, which 32-bit positions cannot name"
     return None

@@ -13,8 +13,7 @@ import hashlib
 from pathlib import Path
 
 _HERE = Path(__file__).parent
-# Columns of a tile (and rows of an n-block), most rows of a tile, gradients stored at a time.
-N_BLOCK = 64
+# Most rows of a tile, gradients stored at a time.
 _TILE_ROWS = 16
 _PIECE = 4096
 _COMMON = ("vec", "transpose", "panel", "multiply", "csr")
@@ -55,15 +54,15 @@ class Kernel:
     ranges: tuple[tuple[str, str], ...]
 
 
-def linear_kernel(name: str, packed: tuple[str, ...], **literals: int) -> Kernel:
+def linear_kernel(name: str, packed: tuple[str, ...], *, n_block: int, **literals: int) -> Kernel:
     """A linear layer: ``name`` is ``linear_csr`` or ``linear_bitmap``."""
     return Kernel(
         name,
         "linear",
         ("X", *packed),
         ("X",),
-        {"n_block": N_BLOCK, **literals},
-        (_TILE_ROWS, N_BLOCK),
+        {"n_block": n_block, **literals},
+        (_TILE_ROWS, n_block),
         (("m_start", "m_end"), ("n_start", "n_end")),
     )
 
@@ -75,7 +74,7 @@ def sampled_kernel(**literals: int) -> Kernel:
         "sampled",
         ("G", "X", "columns", "segments"),
         ("G", "X"),
-        {"n_block": N_BLOCK, "piece": _PIECE, **literals},
+        {"piece": _PIECE, **literals},
         (_PIECE,),
         (("p_start", "p_end"),),
     )

@@ -30,8 +30,9 @@ struct ExpandLanes {
 };
 alignas(64) static constexpr ExpandLanes expand_lanes;
 
-// The next 16 (bf16: 32) columns of a row, zeros where a bit is clear. fp32 goes through a table and
-// permutes: vpexpandd takes 5 cycles on Zen 4, from memory far more; for bf16 the table does not pay.
+// The next 16 (bf16: 32) columns of a row, zeros where a bit is clear. fp32 goes through a table
+// and permutes, since vpexpandd takes 5 cycles on Zen 4 and far more from memory; for bf16, 32
+// columns at once, the table does not pay, but load and expansion are kept apart all the same.
 template <class E>
 inline vf<16> expand(uint64_t bits, const typename E::T* values) {
   if constexpr (E::per_unit == 1) {

@@ -1,13 +1,13 @@
-// M = 1: y [N] = csr weight x one row of x, no scratch memory, whole rows of the weight.
+// M = 1: y [N] = csr weight x one row of x, without scratch memory (but for a bf16 row of odd K).
 //
-// R = 1: the lanes of a vector are stored units of one row: contiguous values times x gathered by
-// scalar loads inserted into the vector (about two a cycle; hardware gathers are slower).
+// R = 1: the lanes of a vector are stored units of one row: contiguous values times gathered x, one
+// sum a segment; short segments go 16 at a time as one stream of products (AVX-512).
 // R >= 4: the lanes are R rows x (lanes / R) columns: contiguous values again, times x spread.
-// Threads take n-blocks of LD rows.
+// Threads take n-blocks of LD rows and walk their segments in stored order, a forward stream.
 namespace sc {
 
-// x at L columns. AVX-512: broadcast loads merged under a mask, which need no shuffle unit, with the
-// columns fetched four at a time; hardware gathers take twice as long on Zen 4.
+// x at L columns. AVX-512: broadcast loads merged under a mask, which need no shuffle unit, with
+// the columns fetched four at a time; hardware gathers take twice as long on Zen 4.
 template <int L>
 inline vf<L> gather(const char* x, const uint16_t* c) {
   const auto at = [&](uint64_t col) __attribute__((always_inline)) {
@@ -46,14 +46,19 @@ inline vf<L> gather(const char* x, const uint16_t* c) {
 // x of the next VL / R columns, each repeated R times.
 template <int R, int L>
 inline vf<L> spread(const char* x, const uint16_t* c) {
-  vf<L> v{};
-  if constexpr (R >= L) {
-    return splat<L>(x + 4 * int64_t(c[0]));
-  } else {
-    for (int i = 0; i < L / R; ++i) {
-      const vf<R> one = splat<R>(x + 4 * int64_t(c[i]));
-      __builtin_memcpy((char*)&v + 4 * R * i, &one, sizeof(one));
+  vf<L> v = splat<L>(x + 4 * int64_t(c[0]));
+#pragma GCC unroll 4
+  for (int i = 1; i < L / R; ++i) {
+#if SC_ISA == 512
+    if constexpr (L == 16) {
+      const __mmask16 lanes = __mmask16(((1 << R) - 1) << (R * i));
+      const __m128 one = _mm_load_ss((const float*)(x + 4 * int64_t(c[i])));
+      v = (vf<L>)_mm512_mask_broadcastss_ps((__m512)v, lanes, one);
+      continue;
     }
+#endif
+    const vf<L> one = splat<L>(x + 4 * int64_t(c[i]));
+    for (int lane = R * i; lane < R * i + R; ++lane) v[lane] = one[lane];
   }
   return v;
 }

@@ -72,7 +72,8 @@ inline void pack_lanes(const typename E::T* x, int64_t ldx, int64_t M, int64_t K
     for (int64_t i = 0; i < L; ++i) {
       uint32_t bits = 0;
       const int64_t elements = std::min<int64_t>(E::per_unit, K - k * E::per_unit);
-      if (i <= last) __builtin_memcpy(&bits, src + i * stride + 4 * k, size_t(elements) * sizeof(*x));
+      const size_t bytes = size_t(elements) * sizeof(*x);
+      if (i <= last) __builtin_memcpy(&bits, src + i * stride + 4 * k, bytes);
       __builtin_memcpy(dst + k * width + i, &bits, 4);
     }
   }

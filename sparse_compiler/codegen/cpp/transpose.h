@@ -55,9 +55,10 @@ inline void transpose(const char* src, int64_t src_stride, int64_t last, char* d
       r[4 * i + 3] = _mm256_shuffle_ps(t[4 * i + 1], t[4 * i + 3], 0xee);
     }
     for (int i = 0; i < 4; ++i) {
-      _mm256_storeu_ps((float*)(dst + i * dst_stride), _mm256_permute2f128_ps(r[i], r[4 + i], 0x20));
-      _mm256_storeu_ps((float*)(dst + (4 + i) * dst_stride),
-                       _mm256_permute2f128_ps(r[i], r[4 + i], 0x31));
+      float* low = (float*)(dst + i * dst_stride);
+      float* high = (float*)(dst + (4 + i) * dst_stride);
+      _mm256_storeu_ps(low, _mm256_permute2f128_ps(r[i], r[4 + i], 0x20));
+      _mm256_storeu_ps(high, _mm256_permute2f128_ps(r[i], r[4 + i], 0x31));
     }
     return;
   }

@@ -5,8 +5,8 @@
 // (an fma, or a bf16 pair dot product). Units travel in float vectors as raw bits.
 //
 // SC_ISA: 512 = AVX-512 F/BW/DQ/VL, 256 = AVX2 + FMA, 0 = GCC vector extensions only.
-// Order of inclusion: vec.h, transpose.h, panel.h, multiply.h, csr.h, gemv.h, linear.h, bitmap.h,
-// sampled.h (the last two only where used).
+// Order of inclusion: vec.h, transpose.h, panel.h, multiply.h, csr.h, gemv.h, linear.h; then, where
+// used, bitmap.h, bitmap_expand.h, bitmap_linear.h; sampled.h.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -14,6 +14,8 @@
 #include <cstring>
 #include <limits>
 #include <memory>
+#include <new>
+#include <type_traits>
 #if SC_ISA >= 256
 #include <immintrin.h>
 #endif
@@ -79,8 +81,8 @@ inline vf<L> splat(const void* p) {
   return (vf<L>)(vu<L>{} + bits);
 }
 
-// Broadcasts of two neighbouring units, by one load and two shuffles: the panel kernels are bound by
-// loads, and a broadcast from memory costs them as much as a whole vector.
+// Broadcasts of two neighbouring units, by one load and two shuffles: the panel kernels are bound
+// by loads, and a broadcast from memory costs them as much as a whole vector.
 template <int L>
 inline void splat2(const void* p, vf<L>& first, vf<L>& second) {
 #if SC_ISA == 512
@@ -196,7 +198,9 @@ using Scratch = std::unique_ptr<char, Free>;
 
 // Cache-line aligned memory for one call; freed when it goes out of scope.
 inline Scratch scratch(int64_t bytes) {
-  return Scratch((char*)std::aligned_alloc(64, size_t((bytes + 63) / 64 * 64 + 64)));
+  void* p = std::aligned_alloc(64, size_t((bytes + 63) / 64 * 64 + 64));
+  if (p == nullptr) throw std::bad_alloc();
+  return Scratch((char*)p);
 }
 
 }  // namespace sc
