@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from sparse_compiler.pruning import prune_
 
-PROMPT = "What is a sparse matrix? Answer in one sentence."
+PROMPT = "Return a list of all files in the directory. If the directory does not exist,"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,10 +241,7 @@ def run(backend: str, sizes: Sizes, steps: Steps) -> list[Row]:
         calibration = token_batches(tokenizer, docstrings(CALIBRATION_MODULES), *sizes.calibration)
         held_back = token_batches(tokenizer, docstrings(HELD_BACK_MODULES), *sizes.held_back)
         ids = torch.cat(held_back, dim=1)[:, : sizes.prefill]
-        chat = [{"role": "user", "content": PROMPT}]
-        prompt = tokenizer.apply_chat_template(
-            chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )["input_ids"]
+        prompt = tokenizer(PROMPT, return_tensors="pt")["input_ids"]
     length = max(ids.shape[1] + sizes.decode + 1, prompt.shape[1] + sizes.sentence)
     config = model.config
 
@@ -298,13 +295,13 @@ def run(backend: str, sizes: Sizes, steps: Steps) -> list[Row]:
             row.decode, row.prefill = timings({**sessions, "sparse": sparse}, ids, sizes)
         with steps("generate"):
             said = {
-                name: tokenizer.decode(session.complete(prompt, sizes.sentence))
+                name: session.complete(prompt, sizes.sentence)
                 for name, session in (("eager", sessions["eager"]), (backend, sparse))
             }
         print(f"\n{row.name}, {PROMPT!r}")
-        for name, text in said.items():
-            print(f"  {name:8} {text!r}")
-        print("  the same" if len(set(said.values())) == 1 else "  DIFFERENT")
+        for name, tokens in said.items():
+            print(f"  {name:8} {tokenizer.decode(tokens)!r}")
+        print("  the same" if said["eager"] == said[backend] else "  DIFFERENT")
         if backend == "sparse":
             with steps("explain"):
                 reports.append((row, explain(pruned, sparse)))

@@ -146,7 +146,8 @@ def _from_export(program: torch.export.ExportedProgram) -> fx.GraphModule:
     accepts_flag = "check_guards" in inspect.signature(program.module).parameters
     gm = program.module(check_guards=False) if accepts_flag else program.module()
     for node in list(gm.graph.nodes):
-        if node.op == "call_module" and str(node.target) == "_guards_fn":
+        # Checks that only exported programs make, of what tracing has found already.
+        if node.target in ("_guards_fn", torch.ops.aten._assert_tensor_metadata.default):
             gm.graph.erase_node(node)
     gm.recompile()
     if not _is_canonical(gm):

@@ -7,22 +7,24 @@ with a sentence, because a private API that moved fails in ways nobody can read.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import sympy
 import torch
 import torch._inductor.lowering  # first: the template modules import each other in a circle
 from torch import fx
 from torch._inductor import config, ir
 from torch._inductor.codegen.cpp_template import CppTemplate
-from torch._inductor.codegen.cpp_template_kernel import CppTemplateKernel
+from torch._inductor.codegen.cpp_template_kernel import CppTemplateCaller, CppTemplateKernel
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.cpu_vec_isa import invalid_vec_isa, pick_vec_isa
 from torch._inductor.decomposition import decompositions
 from torch._inductor.lowering import register_lowering
 from torch._inductor.runtime.runtime_utils import cache_dir
-from torch._inductor.utils import parallel_num_threads
+from torch._inductor.utils import Placeholder, parallel_num_threads, sympy_index_symbol
 from torch._inductor.virtualized import ops
 
 from sparse_compiler.codegen import cpp
@@ -96,22 +98,51 @@ class KernelTemplate(CppTemplate):
         super().__init__(kernel.name, input_nodes, layout, num_threads())
         self.kernel = kernel
 
+    def result(self) -> ir.TensorBox:
+        """The node of the graph's IR; its source is rendered when its epilogue is known.
+
+        ``CppTemplate.generate`` would render it twice, once for a benchmark that never runs.
+        """
+
+        def make_kernel_render(
+            template_node: ir.CppTemplateBuffer,
+            flag_template_buffer_has_other_users: bool,
+            epilogue_nodes: list[ir.IRNode] | None = None,
+        ) -> tuple[CppTemplateKernel, Callable[[], str]]:
+            kernel = CppTemplateKernel(str(Placeholder.KERNEL_NAME), self.num_threads)
+            render = functools.partial(
+                kernel.render,
+                self,
+                product=template_node,
+                product_is_used=flag_template_buffer_has_other_users,
+                epilogue_nodes=epilogue_nodes,
+            )
+            return kernel, render
+
+        return CppTemplateCaller(
+            f"cpp_{self.name}_{self.index}",
+            self.name,
+            self.input_nodes,
+            self.layout,
+            make_kernel_render,
+            None,
+            self,
+        ).output_node()
+
     def render(  # type: ignore[override]
         self,
         kernel: CppTemplateKernel,
-        template_buffer_node: ir.CppTemplateBuffer | None = None,
-        flag_template_buffer_has_other_users: bool | None = None,
-        epilogue_nodes: list[ir.IRNode] | None = None,
-        **kwargs: Any,
+        product: ir.CppTemplateBuffer,
+        product_is_used: bool,
+        epilogue_nodes: list[ir.IRNode] | None,
     ) -> str:
         """The C++ source, with the epilogue nodes fused into the store of each tile."""
-        product = self.output_node if template_buffer_node is None else template_buffer_node
         source, output, target = product, product, product
         aliases: list[str] = []
         epilogues: list[Any] = []
         reindexers: list[Any] = []
         if epilogue_nodes:
-            if flag_template_buffer_has_other_users:
+            if product_is_used:
                 # The product itself is wanted, too: a first epilogue writes it out.
                 source = ir.Buffer(name=f"{product.get_name()}_tile", layout=product.layout)
                 epilogues.append(_copy_of(source, product))
@@ -126,12 +157,16 @@ class KernelTemplate(CppTemplate):
             name="tile",
             layout=ir.FixedLayout(torch.device("cpu"), torch.float32, list(self.kernel.tile)),
         )
-        ranges = self.kernel.ranges
+        # Symbols rather than strings, which Inductor would parse at the cost of milliseconds.
+        ranges = [
+            (sympy_index_symbol(start), sympy_index_symbol(end))
+            for start, end in self.kernel.ranges
+        ]
 
         def store() -> str:
             return kernel.store_output(
-                kernel.slice_nd(target, [(start, end) for start, end in ranges]),
-                kernel.slice_nd(tile, [("0", f"{end} - {start}") for start, end in ranges]),
+                kernel.slice_nd(target, ranges),
+                kernel.slice_nd(tile, [(sympy.S.Zero, end - start) for start, end in ranges]),
                 source,
                 epilogues,
                 offsets=[start for start, _ in ranges],
@@ -140,7 +175,7 @@ class KernelTemplate(CppTemplate):
 
         nodes = dict(zip(self.kernel.inputs, self.input_nodes, strict=True))
         x = nodes["X"]
-        return self._template_from_string(cpp.template(self.kernel.template)).render(
+        return _template(self.kernel.template).render(
             kernel=kernel,
             header=self.header().getvalue(),
             isa=vector_isa(),
@@ -157,6 +192,12 @@ class KernelTemplate(CppTemplate):
             store=store,
             **self.kernel.literals,
         )
+
+
+@functools.cache
+def _template(name: str) -> Any:
+    # Inductor's environment, whose undefined names are errors.
+    return CppTemplate._template_from_string(cpp.template(name))
 
 
 def _static(size: Any) -> int:
@@ -191,7 +232,7 @@ def lower_kernel(
         nodes.append(ir.ExternKernel.realize_input(tensor))
     strides = ir.FlexibleLayout.contiguous_strides(list(size))
     layout = ir.FixedLayout(torch.device("cpu"), dtype, list(size), strides)
-    return KernelTemplate(kernel, nodes, layout).generate().output_node()
+    return KernelTemplate(kernel, nodes, layout).result()
 
 
 def register(operator: Any, lowering: Callable[..., Any]) -> None:

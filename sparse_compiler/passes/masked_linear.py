@@ -9,6 +9,7 @@ layout is made anew, and fits as long as it keeps no more weights than before.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -34,44 +35,57 @@ class MaskedWeight:
     Attributes:
         dense: the trained operand.
         mask: the static operand that holds the zeros.
-        keeps: from the mask's value to the multiplier (0 where the weight is masked).
+        multiplier: from the mask's value to the multiplier (0 where the weight is masked).
         cast: dtype that the product is converted to (autocast), or None.
+        transposed: whether the product is turned afterwards.
     """
 
     dense: fx.Node
     mask: fx.Node
-    keeps: Any
+    multiplier: Callable[[torch.Tensor], torch.Tensor]
     cast: torch.dtype | None = None
     transposed: bool = False
+
+    def matrix(self, layer: Contraction, value: torch.Tensor) -> torch.Tensor:
+        """Something of the dense operand's shape as the layer's [out_features, in_features]."""
+        return layer.matrix(value.t() if self.transposed else value)
+
+    def keeps(self, layer: Contraction, mask: torch.Tensor) -> torch.Tensor:
+        """The multiplier [out_features, in_features] for this value of the mask."""
+        return self.matrix(layer, self.multiplier(mask).to(self.dense.meta["val"].dtype))
 
 
 def find_mask(weight: fx.Node, static: StaticValues) -> MaskedWeight | None:
     """The mask of a trainable weight, or None if its zeros are accidents."""
     node, cast, transposed = weight, None, False
     while node.op == "call_function" and node.target in _THROUGH:
-        if node.target in (aten.t.default, aten.transpose.int, aten.permute.default):
-            transposed = not transposed
-        elif node.meta["val"].dtype != node.args[0].meta["val"].dtype:  # type: ignore[union-attr]
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        if node.meta["val"].dtype != source.meta["val"].dtype:
+            if cast is not None:
+                return None
             cast = node.meta["val"].dtype
-        node = node.args[0]  # type: ignore[assignment]
+        if node.target in _TURNS and node.meta["val"].dim() == 2:
+            transposed ^= _turns(node)
+        node = source
     if node.op != "call_function" or node.meta["val"].dim() != 2:
         return None
     found = _read(node, static)
-    if found is None or found.dense.meta["val"].shape != node.meta["val"].shape:
+    if found is None:
         return None
-    if found.mask.meta["val"].shape != node.meta["val"].shape:
+    product, dense, mask = (n.meta["val"] for n in (node, found.dense, found.mask))
+    if not product.shape == dense.shape == mask.shape or product.dtype != dense.dtype:
         return None
     return dataclasses.replace(found, cast=cast, transposed=transposed)
 
 
-_THROUGH = {
-    aten.t.default,
-    aten.transpose.int,
-    aten.permute.default,
-    aten.to.dtype,
-    aten._to_copy.default,
-    aten.alias.default,
-}
+_TURNS = (aten.t.default, aten.transpose.int, aten.permute.default)
+_THROUGH = (*_TURNS, aten.to.dtype, aten._to_copy.default, aten.alias.default)
+
+
+def _turns(node: fx.Node) -> bool:
+    """Whether a transposition of a matrix, however spelled, swaps its two dimensions."""
+    return node.target(torch.empty(2, 3, device="meta"), *node.args[1:]).shape[0] == 3  # type: ignore[operator]
 
 
 def _fixed(node: Any, static: StaticValues) -> bool:
@@ -118,12 +132,9 @@ def rewrite_masked(
     dense_shape = masked.dense.meta["val"].shape
     dtype = layer.weight.meta["val"].dtype
 
-    def as_matrix(value: torch.Tensor) -> torch.Tensor:
-        return layer.matrix(value.t() if masked.transposed else value)
-
     def tensors(value: torch.Tensor, old: _MaskLayout | None = None) -> _MaskLayout:
-        keeps = as_matrix(masked.keeps(value).to(masked.dense.meta["val"].dtype))
-        places = as_matrix(torch.arange(dense_shape.numel()).view(dense_shape))
+        keeps = masked.keeps(layer, value)
+        places = masked.matrix(layer, torch.arange(dense_shape.numel()).view(dense_shape))
         return _layout(keeps, places, dtype, group, old)
 
     first = tensors(static.value(masked.mask))  # type: ignore[arg-type]

@@ -79,7 +79,9 @@ class SparseLinear(Pass):
                     "it (torch.nn.utils.prune), or compile under torch.no_grad() for inference"
                 )
                 return
-            pattern = find_pattern(layer.matrix(static.value(masked.mask)))  # type: ignore[arg-type]
+            mask = static.value(masked.mask)
+            assert mask is not None
+            pattern = find_pattern(masked.keeps(layer, mask))
             rewrite.sparsity, rewrite.pattern = pattern.sparsity, pattern.name
         refusal = _refuse_pattern(pattern)
         if refusal:
