@@ -41,12 +41,12 @@ class Sizes:
     """How much of everything the demo does."""
 
     layers: int | None = None
-    calibration: tuple[int, int] = (32, 256)
-    held_back: tuple[int, int] = (10, 512)
+    calibration: tuple[int, int] = (24, 256)
+    held_back: tuple[int, int] = (8, 512)
     prefill: int = 512
-    sentence: int = 32
+    sentence: int = 24
     decode: int = 8
-    repeats: int = 9
+    repeats: int = 7
 
 
 QUICK = Sizes(2, (2, 64), (2, 64), 64, 6, 2, 3)
@@ -75,9 +75,11 @@ class Steps:
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
         start = time.perf_counter()
-        print(f"{name} …", flush=True)
+        print(f"{name} … ", end="", flush=True)
         yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+        seconds = time.perf_counter() - start
+        print(f"{seconds:.1f} s", flush=True)
+        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
 
     def __str__(self) -> str:
         parts = [f"{name} {seconds:.0f} s" for name, seconds in self.seconds.items()]

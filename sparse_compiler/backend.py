@@ -1,4 +1,4 @@
-"""``torch.compile(model, backend="sparse")``: from Dynamo's graph to a compiled, guarded callable."""
+"""``torch.compile(model, backend="sparse")``: Dynamo's graph in, a guarded callable out."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ def _lift_constants(gm: fx.GraphModule, digest: str) -> dict[str, torch.Tensor]:
             last = gm.graph.placeholder(name)
         last.meta = dict(uses[0].meta)
         last.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
-        last._dynamo_source = None  # type: ignore[attr-defined]
+        last._dynamo_source = None
         for use in uses:
             use.replace_all_uses_with(last)
             gm.graph.erase_node(use)
@@ -168,9 +168,9 @@ def _lift_constants(gm: fx.GraphModule, digest: str) -> dict[str, torch.Tensor]:
         packed[name] = tensor
     for node in gm.graph.nodes:
         target = node.target
-        if isinstance(target, torch._ops.OpOverload) and target.namespace == "sparse_compiler":
-            if any(argument.name == "digest" for argument in target._schema.arguments):
-                node.kwargs = {**node.kwargs, "digest": digest}
+        ours = isinstance(target, torch._ops.OpOverload) and target.namespace == "sparse_compiler"
+        if ours and any(argument.name == "digest" for argument in target._schema.arguments):
+            node.kwargs = {**node.kwargs, "digest": digest}
     gm.graph.lint()
     gm.recompile()
     return packed

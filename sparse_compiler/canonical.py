@@ -1,8 +1,9 @@
 """One IR for every source: pre-dispatch ATen, as a GraphModule.
 
-``aten.linear``, ``aten.conv2d``, ``aten.scaled_dot_product_attention`` stay whole; modules, methods,
-operators and ``torch.nn.functional`` calls are gone. The graph stays non-functional (``add_`` is
-still ``add_``): AOTAutograd functionalizes later, so regions have to look for mutation themselves.
+``aten.linear``, ``aten.conv2d``, ``aten.scaled_dot_product_attention`` stay whole; modules,
+methods, operators and ``torch.nn.functional`` calls are gone. The graph stays non-functional
+(``add_`` is still ``add_``): AOTAutograd functionalizes later, so regions have to look for mutation
+themselves.
 
 Static values (parameters, buffers, constants) are ``get_attr`` nodes in graphs that own them, and
 placeholders in graphs that come from Dynamo; ``sparse_compiler.static`` hides the difference.
@@ -93,7 +94,7 @@ def canonicalize_dynamo(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx
             new.meta.setdefault(key, item)
         dynamo_source = getattr(old, "_dynamo_source", None)
         if dynamo_source is not None:
-            new._dynamo_source = dynamo_source  # type: ignore[attr-defined]
+            new._dynamo_source = dynamo_source
         marked = (old.meta.get("tensor_dict") or {}).get("_dynamo_static_input_type")
         if isinstance(value, torch.Tensor) and marked and not isinstance(value, FakeTensor):
             static[new.name] = value

@@ -25,17 +25,36 @@ from sparse_compiler.passes.base import log
 _SETTLED_CALLS = 3
 
 
-@dataclasses.dataclass(frozen=True)
 class _Source:
-    """A weight as it was when it was packed."""
+    """A weight as it was when it was packed.
 
-    position: int  # among the arguments
-    tensor: weakref.ref[torch.Tensor]
-    version: int
+    The tensor, its version and its memory have to be the same: ``module.to(dtype)`` and
+    ``torch.nn.utils.prune.remove`` assign ``parameter.data``, which changes no version. The memory
+    is kept for as long as the tensor lives, so that no other tensor can get its address.
+
+    Args:
+        position: of the weight among the graph's arguments.
+        tensor: the weight.
+        seen: whether the packed copy is good; if not, the weight counts as changed.
+    """
+
+    __slots__ = ("_address", "_held", "position", "tensor", "version")
+
+    def __init__(self, position: int, tensor: torch.Tensor, *, seen: bool = True) -> None:
+        held = [tensor.detach()]
+        self.position = position
+        self.tensor = weakref.ref(tensor, lambda _: held.clear())
+        self.version = tensor._version if seen else -1
+        self._address = tensor.data_ptr()
+        self._held = held
 
     def unchanged(self, args: Sequence[Any]) -> bool:
         value = args[self.position]
-        return value is self.tensor() and value._version == self.version
+        return (
+            value is self.tensor()
+            and value._version == self.version
+            and value.data_ptr() == self._address
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,8 +134,7 @@ class GuardedCall:
     def _snapshot(self, packed: tuple[torch.Tensor, ...], args: Sequence[Any]) -> _State:
         positions = {self._inputs[leaf] for item in self._derived for leaf in item.leaves}
         sources = tuple(
-            _Source(position, weakref.ref(args[position]), args[position]._version)
-            for position in sorted(positions)
+            _Source(position, args[position]) for position in sorted(positions)
         )
         by_name = dict(zip(self._names, packed, strict=True))
         exposed = tuple(

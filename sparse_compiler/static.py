@@ -40,7 +40,7 @@ class StaticExpression:
 
     def evaluate(self, leaf_values: Sequence[torch.Tensor]) -> torch.Tensor:
         """The expression's value for these values of its leaves (detached)."""
-        values: dict[fx.Node, object] = {
+        values: dict[fx.Node, Any] = {
             leaf: value.detach() for leaf, value in zip(self.leaves, leaf_values, strict=True)
         }
         with torch.no_grad():
@@ -50,7 +50,8 @@ class StaticExpression:
                     continue
                 args = fx.node.map_arg(given_args, values.__getitem__)
                 kwargs = fx.node.map_arg(given_kwargs, values.__getitem__)
-                values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+                call: Any = node.target
+                values[node] = call(*args, **kwargs)
         result = values[self.node]
         assert isinstance(result, torch.Tensor)
         return result
@@ -168,6 +169,9 @@ class StaticValues:
 
     def value(self, node: fx.Node) -> torch.Tensor | None:
         """The present value of a static node, or None for any other node."""
+        leaf = self.leaf(node) if self.is_static(node) else None
+        if leaf is not None:
+            return leaf.detach()
         expression = self.expression(node)
         if expression is None:
             return None
@@ -221,7 +225,7 @@ def writes_to(node: fx.Node) -> list[fx.Node]:
     return found
 
 
-def _bound(node: fx.Node) -> list[object]:
+def _bound(node: fx.Node) -> list[Any]:
     """A node's arguments in the order of its schema."""
     assert isinstance(node.target, torch._ops.OpOverload)
     names = [argument.name for argument in node.target._schema.arguments]

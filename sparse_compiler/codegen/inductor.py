@@ -43,7 +43,8 @@ def compile_graph(
     gm: fx.GraphModule, inputs: Sequence[Any], patches: Mapping[str, Any] | None = None
 ) -> Callable[..., Any]:
     """Inductor's code for a graph; takes ownership of ``gm``."""
-    return compile_fx(gm, list(inputs), config_patches=dict(patches or {}) or None)
+    compiled: Any = compile_fx(gm, list(inputs), config_patches=dict(patches or {}) or None)
+    return compiled
 
 
 def mode_patches(mode: str | None) -> dict[str, Any]:
@@ -119,7 +120,9 @@ class KernelTemplate(CppTemplate):
             )
             return kernel, render
 
-        return CppTemplateCaller(
+        # Annotated more narrowly than it is used: the render function is called, not printed.
+        caller: Any = CppTemplateCaller
+        return caller(
             f"cpp_{self.name}_{self.index}",
             self.name,
             self.input_nodes,
@@ -137,7 +140,9 @@ class KernelTemplate(CppTemplate):
         epilogue_nodes: list[ir.IRNode] | None,
     ) -> str:
         """The C++ source, with the epilogue nodes fused into the store of each tile."""
-        source, output, target = product, product, product
+        source: Any = product
+        output: Any = product
+        target: Any = product
         aliases: list[str] = []
         epilogues: list[Any] = []
         reindexers: list[Any] = []
@@ -163,8 +168,10 @@ class KernelTemplate(CppTemplate):
             for start, end in self.kernel.ranges
         ]
 
+        store_output: Any = kernel.store_output
+
         def store() -> str:
-            return kernel.store_output(
+            return store_output(
                 kernel.slice_nd(target, ranges),
                 kernel.slice_nd(tile, [(sympy.S.Zero, end - start) for start, end in ranges]),
                 source,
@@ -207,7 +214,7 @@ def _static(size: Any) -> int:
 
 def _copy_of(source: ir.Buffer, product: ir.Buffer) -> ir.ComputedBuffer:
     loader = source.make_loader()
-    dtype = product.layout.dtype
+    dtype = product.get_dtype()
     return ir.ComputedBuffer(
         name=product.get_name(),
         layout=product.layout,
@@ -227,9 +234,10 @@ def lower_kernel(
     nodes = []
     for name, tensor in zip(kernel.inputs, tensors, strict=True):
         tensor.realize()
+        node: Any = tensor
         if name in kernel.strided:
-            tensor = ir.ExternKernel.require_stride_order(tensor, [1, 0])
-        nodes.append(ir.ExternKernel.realize_input(tensor))
+            node = ir.ExternKernel.require_stride_order(tensor, [1, 0])
+        nodes.append(ir.ExternKernel.realize_input(node))
     strides = ir.FlexibleLayout.contiguous_strides(list(size))
     layout = ir.FixedLayout(torch.device("cpu"), dtype, list(size), strides)
     return KernelTemplate(kernel, nodes, layout).result()

@@ -38,7 +38,7 @@ def _address(tensor: torch.Tensor) -> ctypes.c_void_p:
 def linear(
     name: str,
     x: torch.Tensor,
-    packed: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    packed: tuple[torch.Tensor, ...],
     out: torch.Tensor,
     *,
     group: int = 1,

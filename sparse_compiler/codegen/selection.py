@@ -170,7 +170,7 @@ def _sparse_runs(
         packed = (values, layout.bits, layout.starts)
 
         def run(copy: tuple[torch.Tensor, ...]) -> Run:
-            return lambda: native.linear("linear_bitmap", x, copy, y)  # type: ignore[arg-type]
+            return lambda: native.linear("linear_bitmap", x, copy, y)
     else:
         group = csr.group_of(name, problem.pattern)
         judged = None if problem.training or problem.dynamic else rows
@@ -185,7 +185,7 @@ def _sparse_runs(
                     copy,
                     y,
                     group=group,
-                    k_block=blocked.k_block,  # type: ignore[arg-type]
+                    k_block=blocked.k_block,
                 )
 
             if not problem.training:

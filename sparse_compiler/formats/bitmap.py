@@ -3,9 +3,9 @@
 At half density it moves 0.53 of the dense bytes, and vector units expand it in registers: the
 format for decoding, for N:M patterns, and for anything up to about 70 % zeros.
 
-A weight is cut into n-blocks of 64 or 128 rows and k-blocks of 64 units; a unit is 32 bits: one float32,
-or two neighbouring bfloat16. Bits and values lie in memory by n-block, k-block, row and column, so
-that a kernel reads one forward stream and meets x of a k-block once for 64 rows.
+A weight is cut into n-blocks of 64 or 128 rows and k-blocks of 64 units; a unit is 32 bits: one
+float32, or two neighbouring bfloat16. Bits and values lie in memory by n-block, k-block, row and
+column, so that a kernel reads one forward stream and meets x of a k-block once for many rows.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ class BitmapLayout:
     """Which weights of a [out_features, in_features] matrix are kept.
 
     Attributes:
-        bits: int64 [n-blocks, k-blocks, rows of an n-block, words]; bit j of word i is element 64 i + j of the
-            row's stretch of that k-block. A k-block has one word in float32, two in bfloat16.
+        bits: int64 [n-blocks, k-blocks, rows of an n-block, words]; bit j of word i is element
+            64 i + j of the row's stretch of that k-block. A k-block has one word in float32, two
+            in bfloat16.
         starts: int32 [n-blocks + 1], index of each n-block's first value.
     """
 

@@ -1,8 +1,8 @@
 """Blocked CSR: the kept weights in the order the CPU kernels read them.
 
 Rows come in groups of ``group`` rows that share one list of columns (1: unstructured; 4, 8, 16:
-block-sparse). A weight is cut into n-blocks of 64 or 128 rows and k-blocks of ``k_block`` units; a unit is
-32 bits: one float32, or two neighbouring bfloat16. What one group keeps in one k-block is a
+block-sparse). A weight is cut into n-blocks of 64 or 128 rows and k-blocks of ``k_block`` units; a
+unit is 32 bits: one float32, or two neighbouring bfloat16. What one group keeps in one k-block is a
 segment; segments lie in memory by n-block, k-block and descending length, so that the kernel reads
 one forward stream and its inner loops keep their trip counts.
 """
@@ -27,7 +27,8 @@ class CsrLayout:
 
     Attributes:
         columns: int16 (read as unsigned) [units + 64], unit column of each stored unit.
-        segments: int32 [n-blocks, k-blocks, rows of an n-block / group, 2]: start, and count | group << 16.
+        segments: int32 [n-blocks, k-blocks, rows of an n-block / group, 2]: start, and count |
+            place of the group in its n-block << 16.
     """
 
     out_features: int

@@ -1,4 +1,4 @@
-"""The sparse linear operators: y [rows, out_features] = x [rows, in_features] times a packed weight.
+"""The sparse linear operators: x [rows, in_features] times a packed weight.
 
 The bodies here are the operators' meaning and their oracle: unpack, then multiply. Inductor never
 runs them; it lowers the operators to kernels (``codegen``). Each takes a ``digest`` of the kernel

@@ -77,8 +77,9 @@ class Contraction:
         letters = self.w_letters.replace(".", "")
         order = self.out_feature_letters + self.in_letters
         value = value.permute([letters.index(a) for a in order])
-        outs = math.prod(value.shape[: len(self.out_feature_letters)])
-        return value.reshape(outs, -1)
+        outs = len(self.out_feature_letters)
+        # Not -1: a weight may be empty.
+        return value.reshape(math.prod(value.shape[:outs]), math.prod(value.shape[outs:]))
 
     def build(self, build: Builder, product: Callable[[fx.Node], fx.Node]) -> fx.Node:
         """The nodes of the layer, given those of y = product(x) on [rows, in_features]."""
@@ -117,12 +118,12 @@ def _permuted(build: Builder, node: fx.Node, have: str, want: str) -> fx.Node:
 
 
 def _unflatten(build: Builder, y: fx.Node, x: fx.Node, dims: int, outs: list[Any]) -> fx.Node:
-    """y [rows, out] with the first ``dims`` sizes of x and then ``outs``."""
+    """Give y [rows, out] with the first ``dims`` sizes of x and then ``outs``."""
     sizes: list[Any] = []
     for dim, size in enumerate(x.meta["val"].shape[:dims]):
         if isinstance(size, int):
             sizes.append(size)
-        elif -1 not in sizes:
+        elif -1 not in sizes and 0 not in x.meta["val"].shape:
             sizes.append(-1)
         else:
             sizes.append(build.call(aten.sym_size.int, x, dim))
@@ -189,15 +190,17 @@ def _addmm(node: fx.Node, static: StaticValues) -> Contraction | None:
     if node.kwargs.get("beta", 1) != 1 or node.kwargs.get("alpha", 1) != 1:
         return None
     found = _sides(node, static, left, right, ("mk", "kn", "mn"))
-    return dataclasses.replace(found, bias=bias) if found and found.x is left else None
+    if found is None or found.x is not left or not isinstance(bias, fx.Node):
+        return None
+    return dataclasses.replace(found, bias=bias)
 
 
 def _mm(node: fx.Node, static: StaticValues) -> Contraction | None:
-    return _sides(node, static, *node.args[:2], ("mk", "kn", "mn"))  # type: ignore[arg-type]
+    return _sides(node, static, node.args[0], node.args[1], ("mk", "kn", "mn"))
 
 
 def _bmm(node: fx.Node, static: StaticValues) -> Contraction | None:
-    return _sides(node, static, *node.args[:2], ("bmk", "bkn", "bmn"))  # type: ignore[arg-type]
+    return _sides(node, static, node.args[0], node.args[1], ("bmk", "bkn", "bmn"))
 
 
 def _matmul(node: fx.Node, static: StaticValues) -> Contraction | None:
@@ -222,35 +225,36 @@ def _matmul(node: fx.Node, static: StaticValues) -> Contraction | None:
 
 
 def _einsum(node: fx.Node, static: StaticValues) -> Contraction | None:
-    equation, operands = node.args[:2]
-    text = str(equation).replace(" ", "")
-    if len(operands) != 2 or "." in text or "->" not in text:  # type: ignore[arg-type]
+    operands: Any = node.args[1]
+    text = str(node.args[0]).replace(" ", "")
+    if len(operands) != 2 or "." in text or "->" not in text:
         return None
     inputs, out = text.split("->")
     a, b = inputs.split(",")
-    return _sides(node, static, *operands, (a, b, out))  # type: ignore[misc]
+    return _sides(node, static, operands[0], operands[1], (a, b, out))
 
 
 def _conv(node: fx.Node, static: StaticValues) -> Contraction | None:
     """A convolution whose kernel is one point: no padding, no groups."""
-    names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
-    given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+    target: Any = node.target
+    names = [argument.name for argument in target._schema.arguments]
+    given: dict[str, Any] = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
     x, weight, bias = given["input"], given["weight"], given.get("bias")
-    value = weight.meta["val"]  # type: ignore[union-attr]
+    value = weight.meta["val"]
     spatial = value.dim() - 2
-    if x.meta["val"].dim() != value.dim() or any(size != 1 for size in value.shape[2:]):  # type: ignore[union-attr]
+    if x.meta["val"].dim() != value.dim() or any(size != 1 for size in value.shape[2:]):
         return None
     if given.get("groups", 1) != 1 or any(p != 0 for p in _listed(given.get("padding", 0))):
         return None
-    if static.is_static(x):  # type: ignore[arg-type]
+    if static.is_static(x):
         return None
     strides = _listed(given.get("stride", 1))
     steps = tuple(strides * spatial if len(strides) == 1 else strides)
     space = _letters(spatial, start="p")
     return Contraction(
         node,
-        x,  # type: ignore[arg-type]
-        weight,  # type: ignore[arg-type]
+        x,
+        weight,
         "bk" + space,
         "nk" + "." * spatial,
         "bn" + space,

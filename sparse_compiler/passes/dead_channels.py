@@ -40,7 +40,7 @@ from sparse_compiler.passes.dead_channels_finite import may_be_infinite
 from sparse_compiler.passes.dead_channels_group import Group, Layer, find_layers, grow
 from sparse_compiler.passes.dead_channels_rewrite import Cut, Plan, region_of, static_nodes
 from sparse_compiler.passes.dead_channels_rows import cut_rows
-from sparse_compiler.passes.dead_channels_values import along
+from sparse_compiler.passes.dead_channels_values import Values, peaks
 from sparse_compiler.passes.verify import verifier
 from sparse_compiler.region import replace_region
 from sparse_compiler.static import StaticValues
@@ -107,7 +107,7 @@ class DeadChannels(Pass):
             value = static.value(weight)
             assert value is not None
             if type(value) in _PLAIN and value.layout is torch.strided:
-                self._zeros[key] = ~(along(value, dim) != 0).any(dim=1).cpu()
+                self._zeros[key] = peaks(value, dim) == 0
             else:
                 self._zeros[key] = torch.zeros(weight.meta["val"].shape[dim], dtype=torch.bool)
         return self._zeros[key]
@@ -156,8 +156,8 @@ class DeadChannels(Pass):
         if refusal:
             rewrite.reason = refusal
             return
-        values = {node: static.value(node) for node in nodes}
-        known = {node: value for node, value in values.items() if value is not None}
+        values = [(node, static.value(node)) for node in nodes]
+        known = Values((node, value) for node, value in values if value is not None)
         dead = find_dead(group, layers, known)
         rewrite.sparsity = float(dead.units.float().mean())
         count = int(dead.units.sum())

@@ -50,17 +50,15 @@ def find_dead(group: Group, layers: Mapping[fx.Node, Layer], values: Values) -> 
     dead = torch.ones(group.units, dtype=torch.bool)
     for reader in group.readers:
         axis, state = group.axis_of_reader(reader), states[reader.x]
-        columns = along(values[reader.weight], reader.in_dims[axis.dim])
+        columns = values.peaks(reader.weight, reader.in_dims[axis.dim])
         foldable = state.known & torch.isfinite(state.value)
         if reader.padded or len(reader.out_dims) != 1 or not _folds(reader, values):
             foldable &= state.value == 0
-        ignored = ~(columns != 0).any(dim=1).cpu()
-        fine = (foldable | ignored) & torch.isfinite(columns).all(dim=1).cpu()
+        fine = (foldable | (columns == 0)) & torch.isfinite(columns)
         dead &= group.by_unit(fine, axis).all(dim=1)
     for writer in group.writers:
         axis = group.axes[writer.node]
-        rows = torch.isfinite(along(values[writer.weight], writer.out_dims[axis.dim]))
-        fine = rows.all(dim=1).cpu()
+        fine = torch.isfinite(values.peaks(writer.weight, writer.out_dims[axis.dim]))
         if writer.bias is not None:
             fine &= torch.isfinite(values[writer.bias]).cpu()
         dead &= group.by_unit(fine, axis).all(dim=1)
@@ -180,8 +178,7 @@ class Witnesses:
         certain = torch.ones(group.units, dtype=torch.bool)
         for reader in group.readers:
             axis, state = group.axis_of_reader(reader), states[reader.x]
-            columns = along(self._values[reader.weight], reader.in_dims[axis.dim])
-            ignored = ~(columns != 0).any(dim=1).cpu()
+            ignored = self._values.peaks(reader.weight, reader.in_dims[axis.dim]) == 0
             # Infinity times a weight may be an infinity; times zero, and NaN, it is NaN.
             sure = (((state.classes & FINITE) == 0) & ignored) | (state.classes == NAN)
             certain &= group.by_unit(sure, axis).any(dim=1)

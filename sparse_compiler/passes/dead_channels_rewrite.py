@@ -271,7 +271,7 @@ class Cut:
         nodes = list(expressions)
 
         def remake(own: torch.Tensor, *values: torch.Tensor) -> torch.Tensor:
-            known = dict(zip(nodes, values, strict=True))
+            known = Values(zip(nodes, values, strict=True))
             self._plan.check(known)
             if any(self._folded(reader, known) is not None for reader in self._unfolded):
                 raise DoesNotFit("a removed channel is no longer zero")

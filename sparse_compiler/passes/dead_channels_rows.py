@@ -23,6 +23,7 @@ from sparse_compiler.static import StaticValues, combine
 aten = torch.ops.aten
 # Spreading out one element of the result: an indirect load and a store.
 _NANOSECONDS = 1.0
+_LAUNCH_MS = 0.01
 # Sparser weights have kernels that skip zero rows without copying anything.
 _LEAST_DENSITY = 0.6
 
@@ -132,7 +133,8 @@ def _gain(layer: Layer, share: float) -> Gain:
         known = rows_of(layer)
         rows = max(1, known if known is not None else dynamic or 1)
         spread = rows * layer.matrix_shape[0] * _NANOSECONDS * 1e-6 / torch.get_num_threads()
-        gains.append(Gain(layer_ms(layer, rows), layer_ms(layer, rows, share) + spread, (rows,)))
+        after = layer_ms(layer, rows, share) + spread + _LAUNCH_MS
+        gains.append(Gain(layer_ms(layer, rows), after, (rows,)))
     return min(gains, key=lambda gain: gain.speedup)
 
 

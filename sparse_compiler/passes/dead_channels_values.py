@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -24,7 +24,27 @@ NOT_FINITE = PLUS | MINUS | NAN
 ANY = FINITE | NOT_FINITE
 _SAMPLES = {PLUS: float("inf"), MINUS: float("-inf"), NAN: float("nan")}
 
-Values = Mapping[fx.Node, torch.Tensor]
+
+class Values(dict[fx.Node, torch.Tensor]):
+    """Values of static nodes, and the largest magnitudes in them, which are worked out once."""
+
+    def __init__(self, values: Iterable[tuple[fx.Node, torch.Tensor]] = ()) -> None:
+        super().__init__(values)
+        self._peaks: dict[tuple[fx.Node, int], torch.Tensor] = {}
+
+    def peaks(self, node: fx.Node, dim: int) -> torch.Tensor:
+        """Of each slice along ``dim``: 0 if it is all zero, not finite if any element is not."""
+        if (node, dim) not in self._peaks:
+            self._peaks[node, dim] = peaks(self[node], dim)
+        return self._peaks[node, dim]
+
+
+def peaks(value: torch.Tensor, dim: int) -> torch.Tensor:
+    """The largest magnitude in each slice along ``dim``."""
+    others = [d for d in range(value.dim()) if d != dim]
+    if value.numel() == 0 or not others:
+        return value.abs().cpu() if not others else torch.zeros(value.shape[dim])
+    return torch.linalg.vector_norm(value, float("inf"), dim=others).cpu()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +106,7 @@ def propagate(
 
 def _written(step: Step, layer: Layer, values: Values, scenario: Scenario) -> State:
     weight = values[layer.weight]
-    zero = ~(along(weight, layer.out_dims[step.axis.dim]) != 0).any(dim=1).cpu()
+    zero = values.peaks(layer.weight, layer.out_dims[step.axis.dim]) == 0
     value = torch.zeros(step.size, dtype=weight.dtype)
     if layer.bias is not None:
         value = values[layer.bias].cpu().clone()

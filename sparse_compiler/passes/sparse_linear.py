@@ -8,7 +8,6 @@ operator in the layer's place, and remember how to pack it again when the weight
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any
 
 import torch
@@ -189,7 +188,7 @@ def refuse_tensor(value: torch.Tensor) -> str | None:
     if value.dtype is torch.float64:
         return "the weight is float64: sparse kernels take float32 and bfloat16"
     if value.dtype is torch.float16:
-        return "the weight is float16, which this CPU computes through float32: use bfloat16 or float32"
+        return "the weight is float16, which CPUs compute through float32: use bfloat16 or float32"
     if value.dtype not in DTYPES:
         return f"the weight is {value.dtype} (quantized?): sparse kernels take float32 and bfloat16"
     return None

@@ -91,7 +91,7 @@ def compare(model, x, atol=1e-4, rtol=1e-4):
     exact = copy.deepcopy(model).double()
     expected = gradients(exact, exact, x.double(), grad.double())
     for a, b in zip(found, expected, strict=True):
-        torch.testing.assert_close(a.double(), b, atol=atol, rtol=rtol)
+        torch.testing.assert_close(a.double(), b.double(), atol=atol, rtol=rtol)
     return rewrite
 
 
