@@ -15,7 +15,7 @@ from sparse_compiler.formats.cost import AlwaysSelector, ModelSelector
 from sparse_compiler.options import Options
 from sparse_compiler.passes import PASSES, PassContext, PassManager, Rewrite
 from sparse_compiler.passes.base import Selector, log
-from sparse_compiler.runtime import GuardedCall
+from sparse_compiler.runtime import GuardedCall, watch
 
 Compiled = Callable[..., Any]
 
@@ -72,6 +72,7 @@ def sparse(
     patches = {**inductor.mode_patches(mode), **parsed.inductor}
     started = time.perf_counter()
     context = PassContext(parsed, torch.is_grad_enabled(), _selector(parsed))
+    seen = watch(example_inputs)
     record = _rewrite(gm, example_inputs, context)
     record.seconds = time.perf_counter() - started
     after = record.after
@@ -89,7 +90,7 @@ def sparse(
             packed,
             after.meta["derived"],
             inputs[: len(example_inputs)],
-            example_inputs,
+            seen,
             lambda dense: torch.compile(
                 dense, backend="sparse", mode=mode, options=dict(options or {})
             ),
@@ -124,6 +125,9 @@ def _rewrite(
     names = context.options.passes
     manager = PassManager([PASSES[name](context) for name in names if name in PASSES])
     manager(canonical)
+    # The compiled callable knows its graph, and must not keep replaced weights alive.
+    for graph_module in (before, canonical):
+        graph_module.meta["static_inputs"] = {}
     for rewrite in context.rewrites:
         log.info("%s %s: %s", rewrite.kind, rewrite.target, rewrite.reason)
     return CompiledGraph(before, canonical, context.rewrites)

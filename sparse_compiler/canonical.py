@@ -23,6 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.traceback import preserve_node_meta
 
+from sparse_compiler.autocast import CastingInterpreter, uses_autocast
 from sparse_compiler.errors import CanonicalizationError
 
 
@@ -224,10 +225,35 @@ def _retrace(run: Callable[..., Any], inputs: list[Any], fake_mode: Any) -> fx.G
         def target(*flat: Any) -> Any:
             return fx.Interpreter(run).run(*flat)
 
-    with fake_mode, enable_python_dispatcher(), preserve_node_meta():
-        return make_fx(target, pre_dispatch=True, tracing_mode="real", _allow_non_fake_inputs=True)(
-            *inputs
-        )
+    def trace(function: Callable[..., Any]) -> fx.GraphModule:
+        with fake_mode, enable_python_dispatcher(), preserve_node_meta():
+            traced: fx.GraphModule = make_fx(
+                function, pre_dispatch=True, tracing_mode="real", _allow_non_fake_inputs=True
+            )(*inputs)
+        _settle_literals(traced)
+        return traced
+
+    traced = trace(target)
+    if uses_autocast(traced):
+        implicit = traced
+        traced = trace(lambda *flat: CastingInterpreter(implicit).run(*flat))
+    return traced
+
+
+def _settle_literals(gm: fx.GraphModule) -> None:
+    """Keep literals such as ``torch.tensor(1.0)`` as attributes, and refuse what is none."""
+    buffers = dict(gm.named_buffers())
+    for node in gm.graph.find_nodes(op="get_attr"):
+        name = str(node.target)
+        value = fetch_attr(gm, name)
+        if isinstance(value, FakeTensor):
+            raise CanonicalizationError(
+                "tensor.data leaves no trace in a graph: write tensor.detach() instead."
+            )
+        if buffers.pop(name, None) is not None:
+            # AOTAutograd takes buffers for the model's own and asks for their source.
+            delattr(gm, name)
+            setattr(gm, name, value)
 
 
 def fetch_attr(module: torch.nn.Module, path: str) -> Any:

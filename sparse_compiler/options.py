@@ -50,6 +50,8 @@ class Options:
         Raises:
             OptionError: an unknown name, or a value of the wrong type or range.
         """
+        if given is not None and not isinstance(given, Mapping):
+            raise OptionError(f"options={given!r}: write a dict, such as {{'verify': True}}.")
         given = dict(given or {})
         known = [field.name for field in dataclasses.fields(cls)]
         for name in given:

@@ -97,15 +97,19 @@ class Region:
                 waiting.extend(node.users)
         return True
 
-    def why_not_movable(self) -> str | None:
+    def why_not_movable(self, *, fresh: bool = False) -> str | None:
         """Why the region may not be computed as one step at its end, or None if it may.
 
         Looks at the region's surroundings only, so that many edits of a large graph stay cheap.
+
+        Args:
+            fresh: the replacement's results share storage with none of its inputs; then they may
+                be written to, in the region or after it (``relu_`` behind a layer).
         """
         if not self.is_convex():
             return "a path leaves the region and comes back to it"
         for node in self.nodes:
-            if is_mutated(node) and not self._owns(node):
+            if is_mutated(node) and not (fresh and self._owns(node)):
                 return f"{node.name} is written to in place"
         written = self._written_within()
         if written:
@@ -117,10 +121,11 @@ class Region:
         return None
 
     def _owns(self, node: fx.Node) -> bool:
-        """Whether all that shares storage with a node, or writes to it, is in the region."""
+        """Whether a node's storage is only shared or written to in the region, or after it."""
         shared = with_aliases([node])
         writers = {user for alias in shared for user in alias.users if alias in writes_to(user)}
-        return (shared | writers).issubset(self.nodes)
+        inside = set(self.nodes)
+        return all(item in inside or item > self.nodes[-1] for item in shared | writers)
 
     def _written_within(self) -> list[fx.Node]:
         """Inputs that an operator between the region's first and last node writes to."""
@@ -188,6 +193,7 @@ def replace_region(
     build: Callable[..., fx.Node | Sequence[fx.Node]],
     *,
     rule: str,
+    fresh: bool = False,
     verify: Callable[[Region, Sequence[fx.Node], Sequence[fx.Node]], None] | None = None,
 ) -> tuple[fx.Node, ...]:
     """Replace a region by new nodes and record the edit in ``gm.meta["edits"]``.
@@ -198,6 +204,7 @@ def replace_region(
         build: called as ``build(builder, *region.inputs)``; makes nodes with the builder and
             returns one node per region output, of the output's shape and dtype.
         rule: the name of the rewrite, for reports.
+        fresh: the results share storage with none of the region's inputs.
         verify: called with the region, the new nodes and the results before anything is erased;
             what it raises undoes the edit.
 
@@ -208,7 +215,7 @@ def replace_region(
         RegionError: the replacement would change what the graph computes. Nothing was changed.
     """
     graph = gm.graph
-    reason = region.why_not_movable()
+    reason = region.why_not_movable(fresh=fresh)
     if reason is not None:
         raise RegionError(f"{rule}: {reason}")
     last, behind = region.nodes[-1], region.nodes[-1].next

@@ -172,7 +172,7 @@ def _row(name: str, group: list[Rewrite]) -> tuple[str, ...]:
     if first.near_misses:
         why += "; near miss: " + ", ".join(first.near_misses)
     return (
-        f"{name} x{len(group)}" if len(group) > 1 else first.target,
+        f"{name} x{len(group)}" if len(group) > 1 else _shortened(first.target),
         "x".join(map(str, first.shape)) or "-",
         ",".join(map(str, first.rows)) or "-",
         mean("sparsity", "{:.1%}"),
@@ -183,3 +183,9 @@ def _row(name: str, group: list[Rewrite]) -> tuple[str, ...]:
         mean("speedup", "{:.2f}x"),
         why,
     )
+
+
+def _shortened(target: str) -> str:
+    """A list of layers as its first and how many more there are."""
+    first, *others = target.split(", ")
+    return f"{first} and {len(others)} more" if others else first

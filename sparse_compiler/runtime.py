@@ -9,10 +9,11 @@ ever multiplied.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from sparse_compiler.passes.base import log
 _SETTLED_CALLS = 3
 
 
-class _Source:
+class Source:
     """A weight as it was when it was packed.
 
     The tensor, its version and its memory have to be the same: ``module.to(dtype)`` and
@@ -34,22 +35,28 @@ class _Source:
 
     Args:
         position: of the weight among the graph's arguments.
-        tensor: the weight.
-        seen: whether the packed copy is good; if not, the weight counts as changed.
+        tensor: the weight. Its version is read now, so make this before its values are read:
+            another thread may write to it.
     """
 
     __slots__ = ("_address", "_held", "position", "tensor", "version")
 
-    def __init__(self, position: int, tensor: torch.Tensor, *, seen: bool = True) -> None:
-        held = [tensor.detach()]
+    def __init__(self, position: int, tensor: torch.Tensor) -> None:
         self.position = position
+        self.version = tensor._version
+        held = [tensor.detach()]
         self.tensor = weakref.ref(tensor, lambda _: held.clear())
-        self.version = tensor._version if seen else -1
-        self._address = tensor.data_ptr()
+        self._address = held[0].data_ptr()
         self._held = held
 
+    def doubted(self) -> Source:
+        """This weight, to be packed again whatever its version."""
+        other = copy.copy(self)
+        other.version = -1
+        return other
+
     def unchanged(self, args: Sequence[Any]) -> bool:
-        value = args[self.position]
+        value: Any = args[self.position]
         return (
             value is self.tensor()
             and value._version == self.version
@@ -62,7 +69,7 @@ class _State:
     """Packed weights and the sources they belong to; replaced as a whole, never edited."""
 
     packed: tuple[torch.Tensor, ...]
-    sources: tuple[_Source, ...]
+    sources: tuple[Source, ...]
     exposed: tuple[tuple[torch.Tensor, int], ...]
 
 
@@ -75,7 +82,7 @@ class GuardedCall:
         packed: names and tensors of the packed buffers, in the order ``compiled`` takes them.
         derived: how each was made.
         inputs: names of the graph's arguments.
-        example: their values at compile time.
+        seen: the weights among them, by position, as they were before any was packed.
         recompile: makes a new compiled callable from ``dense``.
     """
 
@@ -86,7 +93,7 @@ class GuardedCall:
         packed: dict[str, torch.Tensor],
         derived: Sequence[Derived],
         inputs: Sequence[str],
-        example: Sequence[Any],
+        seen: Mapping[int, Source],
         recompile: Callable[[fx.GraphModule], Callable[..., Any]],
     ) -> None:
         self.dense = dense
@@ -100,7 +107,9 @@ class GuardedCall:
         self._replacement: Callable[..., Any] | None = None
         self._settling: tuple[tuple[int, int], ...] = ()
         self._settled_calls = 0
-        self._state: _State | None = self._snapshot(tuple(packed.values()), example)
+        self._positions = sorted({self._inputs[leaf] for item in derived for leaf in item.leaves})
+        sources = tuple(seen[position] for position in self._positions)
+        self._state: _State | None = self._snapshot(tuple(packed.values()), sources)
         live.add(self)
 
     def __call__(self, *args: Any) -> Any:
@@ -121,21 +130,18 @@ class GuardedCall:
             if self._replacement is None:
                 state = self._state
                 if state is not None:
-                    self._state = dataclasses.replace(
-                        state,
-                        sources=tuple(dataclasses.replace(s, version=-1) for s in state.sources),
-                    )
+                    sources = tuple(source.doubted() for source in state.sources)
+                    self._state = dataclasses.replace(state, sources=sources)
 
     def uses(self, tensors: set[int]) -> bool:
         """Whether any of the tensors with these ids was packed."""
         state = self._state
         return state is not None and any(id(s.tensor()) in tensors for s in state.sources)
 
-    def _snapshot(self, packed: tuple[torch.Tensor, ...], args: Sequence[Any]) -> _State:
-        positions = {self._inputs[leaf] for item in self._derived for leaf in item.leaves}
-        sources = tuple(
-            _Source(position, args[position]) for position in sorted(positions)
-        )
+    def _sources(self, args: Sequence[Any]) -> tuple[Source, ...]:
+        return tuple(Source(position, args[position]) for position in self._positions)
+
+    def _snapshot(self, packed: tuple[torch.Tensor, ...], sources: tuple[Source, ...]) -> _State:
         by_name = dict(zip(self._names, packed, strict=True))
         exposed = tuple(
             (by_name[name], by_name[name]._version)
@@ -165,33 +171,38 @@ class GuardedCall:
         packed = dict(zip(self._names, state.packed, strict=True))
         changed = {s.position for s in state.sources if not s.unchanged(args)}
         written = {id(tensor) for tensor, version in state.exposed if tensor._version != version}
-        for item in self._derived:
-            positions = [self._inputs[leaf] for leaf in item.leaves]
-            touched = any(id(packed[name]) in written for name in item.attributes)
-            if not touched and not changed & set(positions):
-                continue
-            values = [args[position] for position in positions]
-            try:
-                if not all(type(v) in _PLAIN and has_version(v) for v in values):
-                    raise DoesNotFit("it has become a tensor whose changes cannot be seen")
-                new = item.remake(item.expression.evaluate(values))
-            except Exception as error:
-                log.info("%s changed: %s; running dense", item.target, error)
-                return None
-            for name, tensor in zip(item.attributes, new, strict=True):
-                if tensor.shape != packed[name].shape or tensor.dtype != packed[name].dtype:
-                    log.info("%s changed its shape or dtype; running dense", item.target)
-                    return None
-                packed[name] = tensor
+        target = "a weight"
+        try:
+            weights = [args[position] for position in self._positions]
+            if not all(type(w) in _PLAIN and has_version(w) for w in weights):
+                raise DoesNotFit("it has become a tensor whose changes cannot be seen")
+            sources = self._sources(args)  # before their values are read
+            for item in self._derived:
+                target = item.target
+                positions = [self._inputs[leaf] for leaf in item.leaves]
+                touched = any(id(packed[name]) in written for name in item.attributes)
+                if not touched and not changed & set(positions):
+                    continue
+                # What is packed under inference_mode() would have no version itself.
+                with torch.inference_mode(False):
+                    value = item.expression.evaluate([args[position] for position in positions])
+                    new = item.remake(value)
+                for name, tensor in zip(item.attributes, new, strict=True):
+                    if tensor.shape != packed[name].shape or tensor.dtype != packed[name].dtype:
+                        raise DoesNotFit("it has another shape or dtype")
+                    packed[name] = tensor
+        except Exception as error:
+            log.info("%s changed: %s; running dense", target, error)
+            return None
         log.debug("packed %d changed weights again", len(changed))
-        return self._snapshot(tuple(packed.values()), args)
+        return self._snapshot(tuple(packed.values()), sources)
 
     def _note_stale_call(self, args: Sequence[Any]) -> None:
         """Count dense calls with the same weights; compile anew once they have settled."""
         self.stale_calls += 1
-        positions = sorted({self._inputs[leaf] for item in self._derived for leaf in item.leaves})
         now = tuple(
-            (id(args[p]), -1 if args[p].is_inference() else args[p]._version) for p in positions
+            (id(args[p]), -1 if args[p].is_inference() else args[p]._version)
+            for p in self._positions
         )
         self._settled_calls = self._settled_calls + 1 if now == self._settling else 0
         self._settling = now
@@ -201,6 +212,16 @@ class GuardedCall:
 
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def watch(args: Sequence[Any]) -> dict[int, Source]:
+    """Every argument of a graph that a guarded call could be packed from, by position."""
+    return {
+        position: Source(position, value)
+        for position, value in enumerate(args)
+        if type(value) in _PLAIN and value.layout is torch.strided and has_version(value)
+    }
+
 
 # Every guarded call that is still in use, for ``refresh``.
 live: weakref.WeakSet[GuardedCall] = weakref.WeakSet()

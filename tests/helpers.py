@@ -11,9 +11,9 @@ from torch import fx, nn
 
 from sparse_compiler import backend
 from sparse_compiler.canonical import canonicalize
+from sparse_compiler.formats.cost import AlwaysSelector
 from sparse_compiler.options import Options
 from sparse_compiler.passes import PassContext, Rewrite, SparseLinear
-from sparse_compiler.formats.cost import AlwaysSelector
 
 
 def pruned(

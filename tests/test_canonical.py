@@ -116,7 +116,7 @@ def test_readable_source(source, path):
 def test_dynamic_shapes():
     model = Block().eval()
     with torch.no_grad():
-        (graph,), outputs = through_dynamo(model, torch.randn(5, 16), dynamic=True)
+        (graph,), _ = through_dynamo(model, torch.randn(5, 16), dynamic=True)
     (output,) = graph.graph.find_nodes(op="output")[0].args[0]
     rows, columns = output.meta["val"].shape
     assert isinstance(rows, torch.SymInt) and columns == 16

@@ -1,7 +1,9 @@
 """A compiled model notices that its weights changed: nothing stale is ever multiplied."""
 
 import copy
+import gc
 import threading
+import weakref
 
 import pytest
 import torch
@@ -177,6 +179,85 @@ def test_weights_that_keep_changing_are_not_compiled_again_and_again(run):
     assert len(run.records) == 1
 
 
+def test_assigning_data_is_seen(run):
+    """``module.to`` and ``prune.remove`` do this; it changes the memory and no version."""
+    weight = run.model[0].weight
+    for density in (0.15, 0.1, 1.0):
+        version = weight._version
+        weight.data = pruned(OUT, IN, density, seed=5)
+        assert weight._version == version
+        run.check()
+
+
+def test_a_replaced_weight_is_not_kept_alive(run):
+    weight = weakref.ref(run.model[0].weight)
+    memory = run.call._state.sources[0]._held
+    assert weight() is not None and len(memory) == 1
+    run.model[0].weight = nn.Parameter(torch.randn(OUT, IN))
+    gc.collect()
+    assert weight() is None and memory == []
+
+
+def test_a_weight_that_changes_while_compiling(records, monkeypatch):
+    from sparse_compiler.codegen import inductor
+
+    model, compile_graph = make(), inductor.compile_graph
+
+    def slow(*arguments):
+        with torch.no_grad():  # what another thread may do meanwhile
+            model[0].weight.mul_(2)
+        return compile_graph(*arguments)
+
+    monkeypatch.setattr(inductor, "compile_graph", slow)
+    Compiled(model, records)
+
+
+def test_weights_that_are_views(records):
+    class Fused(nn.Module):
+        """Two layers in one parameter, cut apart in forward."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.both = nn.Parameter(pruned(2 * OUT, IN, 0.2))
+
+        def forward(self, x):
+            first, second = self.both.split(OUT)
+            return torch.nn.functional.linear(x, first), x @ second.t()
+
+    run = Compiled(Fused(), records)
+    assert [r.applied for r in records[0].rewrites if r.kind == "linear"] == [True, True]
+    with torch.no_grad():
+        run.model.both[OUT + 3].mul_(2)
+    run.check()
+    base = pruned(OUT + 7, IN, 0.2)
+    other = make()
+    other[0].weight = nn.Parameter(base[3 : OUT + 3])
+    run = Compiled(other, records)
+    with torch.no_grad():
+        base.mul_(2)
+    assert run.model[0].weight._version == base._version
+    run.check()
+
+
+def test_tied_weights(records):
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(IN, IN, bias=False), nn.Linear(IN, IN, bias=False)
+            self.a.weight = nn.Parameter(pruned(IN, IN, 0.2))
+            self.b.weight = self.a.weight
+
+        def forward(self, x):
+            return self.b(self.a(x).relu())
+
+    run = Compiled(Tied(), records)
+    with torch.no_grad():
+        run.model.b.weight.mul_(2)
+    run.check()
+    run.model.b.weight = nn.Parameter(pruned(IN, IN, 0.2, seed=4))
+    run.check()
+
+
 def test_data_edits_need_refresh(run):
     run.model[0].weight.data.mul_(2)
     assert sc.refresh(run.compiled) == 1
@@ -295,8 +376,9 @@ def test_a_mask_update_of_equal_density_does_not_compile_again(records):
 
     model, x = Masked(), torch.randn(ROWS, IN)
     function = compiled(model, **LINEAR)
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    for step in range(4):
+    for _ in range(4):
         y = function(x)
         torch.testing.assert_close(y, model(x), atol=1e-5, rtol=1e-4)
         optimizer.zero_grad()
@@ -310,7 +392,7 @@ def test_a_mask_update_of_equal_density_does_not_compile_again(records):
             model.mask.copy_(model.mask.flatten()[torch.randperm(OUT * IN)].view(OUT, IN))
     assert len(records) == 1 and records[0].call.stale_calls == 0
     assert records[0].rewrites[0].applied
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs + 1
 
 
 def test_a_folded_result_that_is_written_to_is_made_anew(records):

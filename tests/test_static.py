@@ -56,8 +56,9 @@ def test_expressions_over_parameters_and_buffers(name):
     assert torch.equal(value, expected) and not value.requires_grad
     # The expression can be evaluated again, for other values of its leaves.
     expression = static.expression(node)
-    values = [torch.randn(6, 4) if v.is_floating_point() else ~v for v in
-              static.leaf_values(expression)]
+    values = [
+        torch.randn(6, 4) if v.is_floating_point() else ~v for v in static.leaf_values(expression)
+    ]
     by_name = {static.name(leaf): v for leaf, v in zip(expression.leaves, values, strict=True)}
     again = EXPRESSIONS[name](by_name["weight"], by_name.get("mask", model.mask))
     assert torch.equal(expression.evaluate(values), again)

@@ -236,11 +236,21 @@ def lower_kernel(
         tensor.realize()
         node: Any = tensor
         if name in kernel.strided:
-            node = ir.ExternKernel.require_stride_order(tensor, [1, 0])
+            node = _row_major(tensor)
         nodes.append(ir.ExternKernel.realize_input(node))
     strides = ir.FlexibleLayout.contiguous_strides(list(size))
     layout = ir.FixedLayout(torch.device("cpu"), dtype, list(size), strides)
     return KernelTemplate(kernel, nodes, layout).result()
+
+
+def _row_major(tensor: Any) -> Any:
+    """A matrix whose rows are contiguous, copied if need be; they may be padded or repeated."""
+    node: Any = ir.ExternKernel.require_stride_order(tensor, [1, 0])
+    # A stride order says nothing of steps: x[:, ::2] and an expanded column are in order, too.
+    columns, step = node.get_size()[1], node.get_stride()[1]
+    if step == 1 or columns == 1:
+        return node
+    return ir.ExternKernel.require_stride_order(ir.ExternKernel.copy_input(node), [1, 0])
 
 
 def register(operator: Any, lowering: Callable[..., Any]) -> None:

@@ -100,6 +100,7 @@ def _key(problem: LinearProblem, name: str, rows: int) -> str:
             pattern.n_of_m,
             block,
             problem.training,
+            problem.dynamic,  # decides the k-blocks
             problem.threads,
         ]
     )
@@ -242,9 +243,10 @@ class _DiskCache:
     def __init__(self, path: Path) -> None:
         self._path = path
         try:
-            self._found: dict[str, list[float]] = json.loads(path.read_text())
+            found = json.loads(path.read_text())
         except (OSError, ValueError):
-            self._found = {}
+            found = {}
+        self._found: dict[str, list[float]] = found if isinstance(found, dict) else {}
 
     def get(self, key: str) -> tuple[float, float] | None:
         found = self._found.get(key)

@@ -58,7 +58,9 @@ class SparseLinear(Pass):
         assert expression is not None
         value = layer.weight.meta["val"]
         rewrite.shape, rewrite.dtype = tuple(value.shape), str(value.dtype).removeprefix("torch.")
-        refusal = refuse_tensor(value) or _refuse_leaves(static, expression)
+        refusal = (
+            refuse_tensor(value) or _refuse_leaves(static, expression) or _refuse_conversion(layer)
+        )
         if refusal:
             rewrite.reason = refusal
             return
@@ -204,6 +206,14 @@ def _refuse_leaves(static: StaticValues, expression: StaticExpression) -> str | 
                 "outside torch.inference_mode()"
             )
     return None
+
+
+def _refuse_conversion(layer: Contraction) -> str | None:
+    dtypes = [node.meta["val"].dtype for node in (layer.x, layer.weight, layer.node)]
+    if len(set(dtypes)) == 1:
+        return None
+    names = [str(dtype).removeprefix("torch.") for dtype in dtypes]
+    return f"{layer.node.target} converts its operands: {names[0]} times {names[1]} is {names[2]}"
 
 
 def _refuse_pattern(pattern: Pattern) -> str | None:

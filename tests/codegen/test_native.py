@@ -185,9 +185,7 @@ def check_sampled(rows, out_features, in_features, density, dtype, group, seed):
     seed=st.integers(0, 2**16),
 )
 @example(rows=0, out_features=3, in_features=5, density=0.4, seed=0)
-def test_gradient_of_kept_weights(
-    dtype, group, rows, out_features, in_features, density, seed
-):
+def test_gradient_of_kept_weights(dtype, group, rows, out_features, in_features, density, seed):
     check_sampled(rows, out_features, in_features, density, dtype, group, seed)
 
 

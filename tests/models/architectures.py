@@ -73,18 +73,18 @@ def modernbert() -> nn.Module:
 
 
 def llama(**changes: Any) -> nn.Module:
-    settings = dict(
-        vocab_size=100,
-        hidden_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        intermediate_size=144,
-        max_position_embeddings=128,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
+    settings = {
+        "vocab_size": 100,
+        "hidden_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 144,
+        "max_position_embeddings": 128,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
     return hf.LlamaForCausalLM(hf.LlamaConfig(**{**settings, **changes}))
 
 

@@ -19,7 +19,7 @@ from sparse_compiler.passes import Rewrite
 from sparse_compiler.pruning import prune_
 
 pytest.importorskip("transformers", minversion="5.0")
-from architectures import ARCHITECTURES, Architecture, llama, tokens  # noqa: E402
+from architectures import ARCHITECTURES, Architecture, llama, tokens
 
 # Every legal layer is rewritten, however small, and checked; what fails inside fails the test.
 ALWAYS = {"selection": "always", "on_error": "raise"}
@@ -93,7 +93,10 @@ def graph_breaks() -> int:
 
 @pytest.mark.parametrize(
     "name",
-    [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in ARCHITECTURES],
+    [
+        name if name in FAST else pytest.param(name, marks=pytest.mark.slow)
+        for name in ARCHITECTURES
+    ],
 )
 def test_same_output_and_every_layer_reported(name, seen):
     model, architecture, layers = pruned(name)

@@ -63,10 +63,14 @@ SPELLINGS = {
     "matmul left 3-D": (lambda x, w, b: w @ x, (20, 12), (2, 12, 5)),
     "mv": (lambda x, w, b: torch.mv(w, x), (20, 12), (12,)),
     "bmm expanded": (
-        lambda x, w, b: torch.bmm(x, w.expand(3, 12, 20)), (12, 20), (3, 5, 12),
+        lambda x, w, b: torch.bmm(x, w.expand(3, 12, 20)),
+        (12, 20),
+        (3, 5, 12),
     ),
     "bmm expanded left": (
-        lambda x, w, b: torch.bmm(w[None].expand(3, 20, 12), x), (20, 12), (3, 12, 5),
+        lambda x, w, b: torch.bmm(w[None].expand(3, 20, 12), x),
+        (20, 12),
+        (3, 12, 5),
     ),
     "bmm of one": (lambda x, w, b: torch.bmm(x, w), (1, 12, 20), (1, 5, 12)),
     "matmul broadcast": (lambda x, w, b: x @ w[None], (12, 20), (3, 5, 12)),
@@ -188,7 +192,7 @@ def test_a_dynamic_batch(name):
     model = prune_layers(Spelled(function, *weight_shape), 0.4).eval()
     dynamic = {0: torch.export.Dim("batch", min=2, max=64)}
     program = torch.export.export(
-        model, (torch.randn(x_shape),), dynamic_shapes=({**dynamic},) , strict=False
+        model, (torch.randn(x_shape),), dynamic_shapes=({**dynamic},), strict=False
     )
     with torch.no_grad():
         gm, (rewrite,) = sparsify(sc.canonicalize(program))
@@ -229,7 +233,8 @@ REFUSED = {
     "batched weight, matmul": (Spelled(lambda x, w, b: x @ w, 3, 12, 20), (3, 5, 12)),
     "batched einsum": (Spelled(einsum("bmk,bkn->bmn"), 3, 12, 20), (3, 5, 12)),
     "einsum of three": (
-        Spelled(lambda x, w, b: torch.einsum("bk,nk,n->bn", x, w, b), 20, 12), (5, 12),
+        Spelled(lambda x, w, b: torch.einsum("bk,nk,n->bn", x, w, b), 20, 12),
+        (5, 12),
     ),
     "einsum diagonal": (Spelled(einsum("bk,kk->bk"), 12, 12), (5, 12)),
     "einsum summed out": (Spelled(einsum("bsk,nk->bn"), 20, 12), (2, 3, 12)),
@@ -239,7 +244,8 @@ REFUSED = {
     "conv 3x3": (Spelled(F.conv2d, 20, 12, 3, 3), (2, 12, 5, 5)),
     "conv padded": (Spelled(lambda x, w, b: F.conv2d(x, w, b, 1, 1), 20, 12, 1, 1), (2, 12, 5, 5)),
     "conv groups": (
-        Spelled(lambda x, w, b: F.conv2d(x, w, b, groups=2), 20, 6, 1, 1), (2, 12, 5, 5),
+        Spelled(lambda x, w, b: F.conv2d(x, w, b, groups=2), 20, 6, 1, 1),
+        (2, 12, 5, 5),
     ),
     "both static": (Both(), (6, 6)),
 }

@@ -149,12 +149,8 @@ def test_gpt2s_transposed_weight():
 @pytest.mark.parametrize(
     "forward",
     [
-        lambda self, x: torch.nn.functional.linear(
-            x, (self.weight * self.mask).bfloat16().float()
-        ),
-        lambda self, x: torch.nn.functional.linear(
-            x, self.weight.bfloat16() * self.mask.float()
-        ),
+        lambda self, x: torch.nn.functional.linear(x, (self.weight * self.mask).bfloat16().float()),
+        lambda self, x: torch.nn.functional.linear(x, self.weight.bfloat16() * self.mask.float()),
     ],
     ids=["cast twice", "promoted"],
 )
@@ -163,7 +159,7 @@ def test_casts_that_change_values_stay_dense(forward):
         pass
 
     Model.forward = forward
-    gm, (rewrite,) = sparsify(
+    _, (rewrite,) = sparsify(
         sc.canonicalize(Model(keep(20, 12, 0.4), "product"), torch.randn(5, 12)), training=True
     )
     assert not rewrite.applied and "is being trained" in rewrite.reason
@@ -226,7 +222,7 @@ def test_a_trained_mask_is_no_structure():
     mask = model.mask.float()
     del model.mask
     model.mask = nn.Parameter(mask)
-    gm, (rewrite,) = sparsify(sc.canonicalize(model, x), training=True)
+    _, (rewrite,) = sparsify(sc.canonicalize(model, x), training=True)
     assert not rewrite.applied and "is being trained" in rewrite.reason
 
 

@@ -94,7 +94,8 @@ def template(name: str) -> str:
 
 @functools.cache
 def digest() -> str:
-    """A digest of everything that decides what the kernels compute."""
-    files = sorted([*_HERE.glob("*.h"), *_HERE.glob("*.jinja"), Path(__file__)])
+    """A digest of everything that decides what the kernels compute and how they are called."""
+    lowering = [_HERE.parent / "inductor.py", _HERE.parent / "lowerings.py"]
+    files = sorted([*_HERE.glob("*.h"), *_HERE.glob("*.jinja"), Path(__file__), *lowering])
     text = b"".join(path.read_bytes() for path in files)
     return hashlib.sha256(text).hexdigest()[:16]

@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from sparse_compiler.passes.contraction import Contraction, find_contractions
-from sparse_compiler.passes.dead_channels_dims import (
+from sparse_compiler.passes.dead_channels.dims import (
     KINDS,
     Axis,
     arguments,
@@ -39,7 +39,8 @@ class Layer:
     Attributes:
         in_dims: from dimensions of ``x`` that are summed over to dimensions of the weight.
         out_dims: from dimensions of the result to dimensions of the weight.
-        geometry: which inputs an output sees, besides channels; equal geometries see the same.
+        geometry: which inputs an output sees, besides channels; equal geometries see the same,
+            and () is its own row.
         padded: whether zeros are padded in, so that a constant input is none at the border.
         name: the weight's module path, for reports.
     """
@@ -92,6 +93,8 @@ def _name(weight: fx.Node, static: StaticValues) -> str:
 
 def _linear(item: Contraction, static: StaticValues) -> Layer:
     x, w, out = item.x_letters, item.w_letters, item.out_letters
+    rows = tuple(x.find(a) for a in out)
+    in_place = all(place in (-1, i) for i, place in enumerate(rows))
     return Layer(
         item.node,
         item.x,
@@ -99,7 +102,7 @@ def _linear(item: Contraction, static: StaticValues) -> Layer:
         item.bias,
         {i: w.index(a) for i, a in enumerate(x) if a in item.in_letters},
         {i: w.index(a) for i, a in enumerate(out) if a in item.out_feature_letters},
-        ("linear", *(x.find(a) for a in out)),
+        () if in_place else ("linear", *rows),
         False,
         _name(item.weight, static),
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from sparse_compiler.passes.dead_channels_dims import KINDS, operator_name
+from sparse_compiler.passes.dead_channels.dims import KINDS, operator_name
 from sparse_compiler.static import StaticValues
 
 _KEEP_FINITE = ("matmul", "bmm", "mm", "einsum", "stack", "cat", "arange", "where", "full")

@@ -13,9 +13,9 @@ from torch import fx
 
 from sparse_compiler.derived import Derived, DoesNotFit, derive, has_version
 from sparse_compiler.passes.base import PassContext, Rewrite
-from sparse_compiler.passes.dead_channels_cost import Gain, layer_ms, rows_of, rows_to_judge
-from sparse_compiler.passes.dead_channels_group import Layer, find_layers
-from sparse_compiler.passes.dead_channels_values import along
+from sparse_compiler.passes.dead_channels.cost import Gain, layer_ms, rows_of, rows_to_judge
+from sparse_compiler.passes.dead_channels.group import Layer, find_layers
+from sparse_compiler.passes.dead_channels.weights import along
 from sparse_compiler.passes.verify import verifier
 from sparse_compiler.region import Builder, Region, replace_region
 from sparse_compiler.static import StaticValues, combine
@@ -40,8 +40,10 @@ def cut_rows(
     """Find, check, rewrite."""
     static = StaticValues(gm, training=context.training)
     for layer in find_layers(gm, static).values():
-        if len(layer.out_dims) != 1 or layer.geometry[0] != "linear":
+        if len(layer.out_dims) != 1 or layer.geometry[:1] == ("convolution",):
             continue
+        if str(layer.weight.target) in gm.meta.get("constants", ()):
+            continue  # what is left of a group
         ((dim, w_dim),) = layer.out_dims.items()
         zero = zeros_along(layer.weight, w_dim, static)
         spare = int(zero.sum()) - 1
@@ -123,7 +125,7 @@ def _refuse(layer: Layer, static: StaticValues) -> str | None:
                     "a weight is an inference tensor, whose changes cannot be seen: create the "
                     "model outside torch.inference_mode()"
                 )
-    reason = Region.of([layer.node]).why_not_movable()
+    reason = Region.of([layer.node]).why_not_movable(fresh=True)
     return f"its rows cannot be removed: {reason}" if reason else None
 
 
@@ -208,6 +210,7 @@ def _rewrite(
         Region.of([layer.node]),
         build,
         rule="dead_channels: rows",
+        fresh=True,
         verify=verifier(gm, static, context, rewrite.target),
     )
     gm.meta.setdefault("derived", []).extend(records)

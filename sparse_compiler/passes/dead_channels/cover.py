@@ -14,18 +14,17 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import fx
 
-from sparse_compiler.passes.dead_channels_group import Group, Layer
-from sparse_compiler.passes.dead_channels_values import (
+from sparse_compiler.passes.dead_channels.group import Group, Layer
+from sparse_compiler.passes.dead_channels.state import (
     FINITE,
     MINUS,
     NAN,
     PLUS,
     Scenario,
     State,
-    Values,
-    along,
-    propagate,
 )
+from sparse_compiler.passes.dead_channels.values import propagate
+from sparse_compiler.passes.dead_channels.weights import Values, along
 
 # Every combination of a group's inputs is looked at.
 _MOST_INPUTS = 4
@@ -110,7 +109,7 @@ class Witnesses:
         strangers: Sequence[fx.Node],
     ) -> None:
         self._group, self._layers, self._values = group, layers, values
-        inputs = {writer.x for writer in group.writers} | set(strangers)
+        inputs = {writer.x for writer in group.writers} - set(group.axes) | set(strangers)
         self._too_many = len(inputs) > _MOST_INPUTS
         counts = () if self._too_many else range(1, len(inputs) + 1)
         sets = [frozenset(some) for n in counts for some in itertools.combinations(inputs, n)]
@@ -181,9 +180,11 @@ class Witnesses:
             ignored = self._values.peaks(reader.weight, reader.in_dims[axis.dim]) == 0
             # Infinity times a weight may be an infinity; times zero, and NaN, it is NaN.
             sure = (((state.classes & FINITE) == 0) & ignored) | (state.classes == NAN)
-            certain &= group.by_unit(sure, axis).any(dim=1)
-            touched |= group.by_unit(state.classes != FINITE, axis).any(dim=1)
-        return touched, certain
+            reached = group.by_unit(state.classes != FINITE, axis).any(dim=1)
+            if bool(reached.any()):
+                certain &= group.by_unit(sure, axis).any(dim=1)
+            touched |= reached
+        return touched, certain & touched
 
 
 def _set_cover(cases: torch.Tensor) -> torch.Tensor:

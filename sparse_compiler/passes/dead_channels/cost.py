@@ -10,8 +10,8 @@ import torch
 
 from sparse_compiler.formats.cost import LinearProblem, dense_ms
 from sparse_compiler.formats.pattern import Pattern
-from sparse_compiler.passes.dead_channels_dims import shape
-from sparse_compiler.passes.dead_channels_group import Group, Layer
+from sparse_compiler.passes.dead_channels.dims import shape
+from sparse_compiler.passes.dead_channels.group import Group, Layer
 
 # Row counts a layer with a dynamic number of rows is judged at.
 _DYNAMIC_ROWS = (1, 16, 128, 1024)

@@ -10,16 +10,16 @@ import torch
 from torch import fx
 
 from sparse_compiler.derived import Derived, DoesNotFit, derive
-from sparse_compiler.passes.dead_channels_cover import Witnesses, find_dead
-from sparse_compiler.passes.dead_channels_dims import (
+from sparse_compiler.passes.dead_channels.cover import Witnesses, find_dead
+from sparse_compiler.passes.dead_channels.dims import (
     Axis,
     arguments,
     operand_axis,
     operator_name,
     shape,
 )
-from sparse_compiler.passes.dead_channels_group import Group, Layer, Step
-from sparse_compiler.passes.dead_channels_values import Values
+from sparse_compiler.passes.dead_channels.group import Group, Layer, Step
+from sparse_compiler.passes.dead_channels.weights import Values
 from sparse_compiler.region import Builder, Region
 from sparse_compiler.static import StaticExpression, StaticValues, combine
 

@@ -10,78 +10,27 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import fx
 
-from sparse_compiler.passes.dead_channels_dims import operator_name, shape
-from sparse_compiler.passes.dead_channels_group import Group, Layer, Step
+from sparse_compiler.passes.dead_channels.dims import operator_name, shape
+from sparse_compiler.passes.dead_channels.group import Group, Layer, Step
+from sparse_compiler.passes.dead_channels.state import (
+    ANY,
+    FINITE,
+    MINUS,
+    NAN,
+    NOT_FINITE,
+    PLUS,
+    Scenario,
+    State,
+)
+from sparse_compiler.passes.dead_channels.weights import Values
 
-FINITE, PLUS, MINUS, NAN = 1, 2, 4, 8
-NOT_FINITE = PLUS | MINUS | NAN
-ANY = FINITE | NOT_FINITE
 _SAMPLES = {PLUS: float("inf"), MINUS: float("-inf"), NAN: float("nan")}
-
-
-class Values(dict[fx.Node, torch.Tensor]):
-    """Values of static nodes, and the largest magnitudes in them, which are worked out once."""
-
-    def __init__(self, values: Iterable[tuple[fx.Node, torch.Tensor]] = ()) -> None:
-        super().__init__(values)
-        self._peaks: dict[tuple[fx.Node, int], torch.Tensor] = {}
-
-    def peaks(self, node: fx.Node, dim: int) -> torch.Tensor:
-        """Of each slice along ``dim``: 0 if it is all zero, not finite if any element is not."""
-        if (node, dim) not in self._peaks:
-            self._peaks[node, dim] = peaks(self[node], dim)
-        return self._peaks[node, dim]
-
-
-def peaks(value: torch.Tensor, dim: int) -> torch.Tensor:
-    """The largest magnitude in each slice along ``dim``."""
-    others = [d for d in range(value.dim()) if d != dim]
-    if value.numel() == 0 or not others:
-        return value.abs().cpu() if not others else torch.zeros(value.shape[dim])
-    return torch.linalg.vector_norm(value, float("inf"), dim=others).cpu()
-
-
-@dataclasses.dataclass(frozen=True)
-class State:
-    """What is known about the channels along one dimension, as vectors.
-
-    Attributes:
-        known: whether the channel is one number everywhere.
-        value: that number.
-        classes: what it may be otherwise.
-        path: how its rows came about. Two tensors that the same infinity reaches are only
-            comparable row by row if their rows were arranged in the same way.
-        shifted: whether some rows were left out or moved.
-    """
-
-    known: torch.Tensor
-    value: torch.Tensor
-    classes: torch.Tensor
-    path: tuple[Any, ...] = ()
-    shifted: bool = False
-
-    @property
-    def touched(self) -> bool:
-        return bool((self.classes != FINITE).any())
-
-
-@dataclasses.dataclass(frozen=True)
-class Scenario:
-    """Some of the group's inputs are not finite; products of them are one of ``classes``."""
-
-    sources: frozenset[fx.Node] = frozenset()
-    classes: int = NOT_FINITE
-
-
-def along(value: torch.Tensor, dim: int) -> torch.Tensor:
-    """A weight as a matrix whose rows are its slices along ``dim``."""
-    return value.movedim(dim, 0).reshape(value.shape[dim], -1)
 
 
 def propagate(
@@ -91,7 +40,7 @@ def propagate(
     states: dict[fx.Node, State] = {}
     for step in group.steps:
         if step.kind == "layer":
-            state = _written(step, layers[step.node], values, scenario)
+            state = _written(step, layers[step.node], states, values, scenario)
         elif step.kind in ("pointwise", "batch_norm"):
             state = _elementwise(step, states, values, scenario)
         elif step.kind == "depthwise":
@@ -104,17 +53,27 @@ def propagate(
     return states
 
 
-def _written(step: Step, layer: Layer, values: Values, scenario: Scenario) -> State:
+def _written(
+    step: Step,
+    layer: Layer,
+    states: Mapping[fx.Node, State],
+    values: Values,
+    scenario: Scenario,
+) -> State:
     weight = values[layer.weight]
     zero = values.peaks(layer.weight, layer.out_dims[step.axis.dim]) == 0
     value = torch.zeros(step.size, dtype=weight.dtype)
     if layer.bias is not None:
         value = values[layer.bias].cpu().clone()
     classes = torch.full((step.size,), FINITE, dtype=torch.uint8)
-    if layer.x in scenario.sources:
-        classes = torch.where(zero, NAN, scenario.classes).to(torch.uint8)
+    before = states.get(layer.x)  # the layer may read the very channels it writes to
+    path, shifted, bad = layer.geometry, False, scenario.classes
+    if before is not None:
+        path, shifted, bad = (*before.path, *path), before.shifted, NOT_FINITE
+    if layer.x in scenario.sources or (before is not None and before.touched):
+        classes = torch.where(zero, NAN, bad).to(torch.uint8)
         zero = torch.zeros_like(zero)
-    return State(zero, value, classes, layer.geometry)
+    return State(zero, value, classes, path, shifted)
 
 
 def _moved(step: Step, group: Group, states: Mapping[fx.Node, State]) -> State:
@@ -141,9 +100,10 @@ def _moved(step: Step, group: Group, states: Mapping[fx.Node, State]) -> State:
         known = known & (value == 0)  # a border may be padded with zeros
         if name.endswith("max_pool2d") or "max" in name:
             finite = classes | torch.where((classes & MINUS) != 0, FINITE | PLUS, 0)
-            classes = torch.where(classes == FINITE, classes, finite | NAN).to(torch.uint8)
+            certain = (classes == FINITE) | (classes == NAN)
+            classes = torch.where(certain, classes, finite | NAN).to(torch.uint8)
         else:
-            classes = torch.where((classes & NOT_FINITE) != 0, classes | NOT_FINITE, classes)
+            classes = _scaled(classes)
     elif step.kind == "softmax":
         known = torch.zeros_like(known)
         classes = torch.where(classes == FINITE, FINITE, ANY).to(torch.uint8)
@@ -171,6 +131,12 @@ def _moved(step: Step, group: Group, states: Mapping[fx.Node, State]) -> State:
     return State(known, value, classes, (*state.path, name, *literals), shifted)
 
 
+def _scaled(classes: torch.Tensor) -> torch.Tensor:
+    """Classes of a sum of multiples of a channel's elements."""
+    certain = (classes == FINITE) | (classes == NAN)
+    return torch.where(certain, classes, classes | NOT_FINITE).to(torch.uint8)
+
+
 def _attended(step: Step, states: Mapping[fx.Node, State]) -> State:
     """Attention, or a product of two tensors that keeps heads apart."""
     operands = [states[node] for node in step.args[: 3 if step.kind == "attention" else 2]]
@@ -180,17 +146,21 @@ def _attended(step: Step, states: Mapping[fx.Node, State]) -> State:
 
     zero = [each(item.known & (item.value == 0)) for item in operands]
     certain = [each((item.classes & FINITE) == 0) for item in operands]
+    nan = [each(item.classes == NAN) for item in operands]
     touched = torch.stack([each(item.classes != FINITE) for item in operands]).any(dim=0)
     shifted = [item.shifted for item in operands]
     if step.kind == "attention":
         # Every row a bad value reaches, through keys or queries, it reaches as a value, too:
         # a weight of zero times an infinity is NaN.
         known = zero[2]
-        sure = certain[2] & (not any(shifted))
+        sure, sure_nan = (item[2] & (not any(shifted)) for item in (certain, nan))
     else:
         known = zero[0] | zero[1]
-        sure = (certain[0] & (not shifted[0])) | (certain[1] & (not shifted[1]))
-    classes = torch.where(touched, torch.where(sure, NOT_FINITE, ANY), FINITE).to(torch.uint8)
+        sure, sure_nan = (
+            (item[0] & (not shifted[0])) | (item[1] & (not shifted[1])) for item in (certain, nan)
+        )
+    reached = torch.where(sure_nan, NAN, torch.where(sure, NOT_FINITE, ANY))
+    classes = torch.where(touched, reached, FINITE).to(torch.uint8)
     paths = tuple(item.path for item in operands)
     return State(known, torch.zeros(step.size), classes, (paths, step.kind), any(shifted))
 
@@ -203,7 +173,7 @@ def _depthwise(step: Step, states: Mapping[fx.Node, State], values: Values) -> S
     value = torch.zeros(step.size, dtype=state.value.dtype)
     if bias is not None:
         value = values[bias].cpu().clone()
-    classes = torch.where(state.classes == FINITE, state.classes, state.classes | NOT_FINITE)
+    classes = _scaled(state.classes)
     return State(
         zero.repeat_interleave(times),
         value,

@@ -33,14 +33,14 @@ from torch import fx
 
 from sparse_compiler.derived import has_version
 from sparse_compiler.passes.base import Pass, Rewrite
-from sparse_compiler.passes.dead_channels_cost import Gain, group_gain
-from sparse_compiler.passes.dead_channels_cover import Witnesses, find_dead
-from sparse_compiler.passes.dead_channels_dims import arguments
-from sparse_compiler.passes.dead_channels_finite import may_be_infinite
-from sparse_compiler.passes.dead_channels_group import Group, Layer, find_layers, grow
-from sparse_compiler.passes.dead_channels_rewrite import Cut, Plan, region_of, static_nodes
-from sparse_compiler.passes.dead_channels_rows import cut_rows
-from sparse_compiler.passes.dead_channels_values import Values, peaks
+from sparse_compiler.passes.dead_channels.cost import Gain, group_gain
+from sparse_compiler.passes.dead_channels.cover import Witnesses, find_dead
+from sparse_compiler.passes.dead_channels.dims import arguments
+from sparse_compiler.passes.dead_channels.finite import may_be_infinite
+from sparse_compiler.passes.dead_channels.group import Group, Layer, find_layers, grow
+from sparse_compiler.passes.dead_channels.rewrite import Cut, Plan, region_of, static_nodes
+from sparse_compiler.passes.dead_channels.rows import cut_rows
+from sparse_compiler.passes.dead_channels.weights import Values, zero_slices
 from sparse_compiler.passes.verify import verifier
 from sparse_compiler.region import replace_region
 from sparse_compiler.static import StaticValues
@@ -107,7 +107,7 @@ class DeadChannels(Pass):
             value = static.value(weight)
             assert value is not None
             if type(value) in _PLAIN and value.layout is torch.strided:
-                self._zeros[key] = peaks(value, dim) == 0
+                self._zeros[key] = zero_slices(value, dim)
             else:
                 self._zeros[key] = torch.zeros(weight.meta["val"].shape[dim], dtype=torch.bool)
         return self._zeros[key]
@@ -175,6 +175,11 @@ class DeadChannels(Pass):
             return
         if not bool(witnesses.any()) and bool(dead.units.all()):
             witnesses[0] = True  # a layer without channels is no layer
+        if not bool((dead.units & ~witnesses).any()):
+            rewrite.reason = (
+                "what is dead has to stay, as the witness that makes NaN of infinite inputs"
+            )
+            return
         removed = _aligned(dead.units & ~witnesses, self._alignment if _flat(group) else 1)
         share = float(removed.float().mean())
         if not share or (share < LEAST_SHARE and self.context.options.selection != "always"):
@@ -196,7 +201,7 @@ class DeadChannels(Pass):
             {node: item for node, item in expressions.items() if item is not None},
         )
         region = region_of(group)
-        refusal = _refuse_region(region.nodes, region.outputs) or region.why_not_movable()
+        refusal = _refuse_region(region.nodes, region.outputs) or region.why_not_movable(fresh=True)
         if refusal:
             rewrite.reason = f"no channel can be removed: {refusal}"
             return
@@ -206,6 +211,7 @@ class DeadChannels(Pass):
             region,
             cut,
             rule=self.name,
+            fresh=True,
             verify=verifier(gm, static, self.context, rewrite.target),
         )
         gm.meta.setdefault("derived", []).extend(cut.derived)
