@@ -24,8 +24,8 @@ class Options:
         selection: ``"measure"`` times dense against each legal format on this machine,
             ``"model"`` decides by bytes and flops, ``"always"`` takes the first legal format
             (for tests and debugging: the never-slower promise is off).
-        selection_budget: seconds that one compilation may spend on timing; what is left when
-            they are spent is decided by the model.
+        selection_budget: seconds that one compilation may spend on timing; layers that are left
+            when they are spent stay dense, and say so.
         approximate: names of approximations that may be used. Empty: every rewrite is exact.
         on_error: ``"fallback"`` leaves a region dense with one warning when a pass fails inside,
             ``"raise"`` raises ``PassError``.
@@ -37,7 +37,7 @@ class Options:
     verify: bool = False
     min_speedup: float = 1.05
     selection: str = "measure"
-    selection_budget: float = 30.0
+    selection_budget: float = 60.0
     approximate: tuple[str, ...] = ()
     on_error: str = "fallback"
     fuel: int | None = None

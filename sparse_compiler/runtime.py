@@ -22,6 +22,8 @@ from torch import fx
 from sparse_compiler.derived import Derived, DoesNotFit, has_version
 from sparse_compiler.passes.base import log
 
+# Sets of packed weights that one compiled graph keeps, for models that take turns.
+_MOST_STATES = 4
 # Calls with unchanged weights after which a dense fallback is compiled anew.
 _SETTLED_CALLS = 3
 
@@ -57,11 +59,8 @@ class Source:
 
     def unchanged(self, args: Sequence[Any]) -> bool:
         value: Any = args[self.position]
-        return (
-            value is self.tensor()
-            and value._version == self.version
-            and value.data_ptr() == self._address
-        )
+        same = value is self.tensor()
+        return same and value._version == self.version and value.data_ptr() == self._address
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +70,13 @@ class _State:
     packed: tuple[torch.Tensor, ...]
     sources: tuple[Source, ...]
     exposed: tuple[tuple[torch.Tensor, int], ...]
+
+    def belongs_to(self, args: Sequence[Any]) -> bool:
+        """Whether these are the packed weights for a call with ``args``."""
+        for source in self.sources:
+            if not source.unchanged(args):
+                return False
+        return all(tensor._version == version for tensor, version in self.exposed)
 
 
 class GuardedCall:
@@ -109,34 +115,29 @@ class GuardedCall:
         self._settled_calls = 0
         self._positions = sorted({self._inputs[leaf] for item in derived for leaf in item.leaves})
         sources = tuple(seen[position] for position in self._positions)
-        self._state: _State | None = self._snapshot(tuple(packed.values()), sources)
+        # Dynamo runs models of one architecture through the same code: one state for each.
+        first = self._snapshot(tuple(packed.values()), sources)
+        self._states: tuple[_State, ...] = (first,)
         live.add(self)
 
     def __call__(self, *args: Any) -> Any:
         """Run on the graph's arguments."""
-        state = self._state
-        if state is not None:
-            for source in state.sources:
-                if not source.unchanged(args):
-                    break
-            else:
-                if all(tensor._version == version for tensor, version in state.exposed):
-                    return self._compiled(*args, *state.packed)
+        for state in self._states:
+            if state.belongs_to(args):
+                return self._compiled(*args, *state.packed)
         return self._stale(args)
 
     def refresh(self) -> None:
         """Pack everything again at the next call, whatever the versions say."""
         with self._lock:
-            if self._replacement is None:
-                state = self._state
-                if state is not None:
-                    sources = tuple(source.doubted() for source in state.sources)
-                    self._state = dataclasses.replace(state, sources=sources)
+            self._states = tuple(
+                dataclasses.replace(state, sources=tuple(s.doubted() for s in state.sources))
+                for state in self._states
+            )
 
     def uses(self, tensors: set[int]) -> bool:
         """Whether any of the tensors with these ids was packed."""
-        state = self._state
-        return state is not None and any(id(s.tensor()) in tensors for s in state.sources)
+        return any(id(s.tensor()) in tensors for state in self._states for s in state.sources)
 
     def _sources(self, args: Sequence[Any]) -> tuple[Source, ...]:
         return tuple(Source(position, args[position]) for position in self._positions)
@@ -152,22 +153,33 @@ class GuardedCall:
         return _State(packed, sources, exposed)
 
     def _stale(self, args: Sequence[Any]) -> Any:
+        state = None
         with self._lock:
             if self._replacement is None:
                 state = self._repack(args)
-                if state is not None:
-                    self._state = state
-                    return self._compiled(*args, *state.packed)
-                self._state = None
-                self._note_stale_call(args)
+                # What was packed from these weights before is out of date, and so are the dead.
+                now = {id(args[position]) for position in self._positions}
+                valid = [
+                    old
+                    for old in self._states
+                    if not any(s.tensor() is None or id(s.tensor()) in now for s in old.sources)
+                ]
+                if state is None:
+                    self._states = tuple(valid)
+                    self._note_stale_call(args)
+                else:
+                    self._states = (state, *valid)[:_MOST_STATES]
             replacement = self._replacement
+        if state is not None:
+            return self._compiled(*args, *state.packed)
         return (self.dense if replacement is None else replacement)(*args)
 
     def _repack(self, args: Sequence[Any]) -> _State | None:
         """New packed weights for the present sources, or None if the code cannot take them."""
-        state = self._state
-        if state is None:
+        if not self._states:
             return None
+        # Whatever is unchanged in the state that is nearest to the arguments is kept.
+        state = max(self._states, key=lambda s: sum(x.unchanged(args) for x in s.sources))
         packed = dict(zip(self._names, state.packed, strict=True))
         changed = {s.position for s in state.sources if not s.unchanged(args)}
         written = {id(tensor) for tensor, version in state.exposed if tensor._version != version}

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 import sparse_compiler as sc
-from sparse_compiler.runtime import _SETTLED_CALLS
+from sparse_compiler.runtime import _SETTLED_CALLS, live
 
 # One shape for all tests: Inductor compiles its kernel once.
 OUT, IN, ROWS = 64, 32, 4
@@ -191,7 +191,7 @@ def test_assigning_data_is_seen(run):
 
 def test_a_replaced_weight_is_not_kept_alive(run):
     weight = weakref.ref(run.model[0].weight)
-    memory = run.call._state.sources[0]._held
+    memory = run.call._states[0].sources[0]._held
     assert weight() is not None and len(memory) == 1
     run.model[0].weight = nn.Parameter(torch.randn(OUT, IN))
     gc.collect()
@@ -404,3 +404,23 @@ def test_a_folded_result_that_is_written_to_is_made_anew(records):
         run.compiled(run.x)
         model[0].weight.zero_()  # what the compiled forward left there
     run.check()
+
+
+def test_two_models_of_one_shape_take_turns_without_packing_again(monkeypatch) -> None:
+    """Dynamo runs both through the code of the first; each keeps its own packed weights."""
+    models = [make().eval() for _ in "ab"]
+    models[1][0].weight.data.copy_(models[0][0].weight * 2)
+    x = torch.randn(ROWS, IN)
+    with torch.no_grad():
+        calls = [compiled(model, **LINEAR) for model in models]
+        for call, model in zip(calls, models, strict=True):
+            torch.testing.assert_close(call(x), model(x))
+        (guarded,) = [g for g in live if g.uses({id(models[1][0].weight)})]
+        assert guarded.uses({id(models[0][0].weight)})
+
+        def packs_again(args: object) -> None:
+            raise AssertionError("packed again")
+
+        monkeypatch.setattr(guarded, "_stale", packs_again)
+        for call, model in zip(calls * 2, models * 2, strict=True):
+            torch.testing.assert_close(call(x), model(x))

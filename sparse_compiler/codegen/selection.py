@@ -2,8 +2,8 @@
 
 Weights are read from memory, not from cache, in a model of many layers; so each contestant runs
 over enough copies of its weight to leave the last-level cache between two uses. Contestants take
-turns; what counts is the median of the ratios of neighbouring runs. Results are cached on disk by
-everything that decides them, and equal layers are measured once.
+turns and the best time of each counts: others on the machine can only add time. Results are cached
+on disk by everything that decides them, and equal layers are measured once.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import json
 import math
 import os
 import platform
-import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -22,13 +21,18 @@ import torch
 
 from sparse_compiler.codegen import cpp, inductor, native
 from sparse_compiler.formats import bitmap, csr
-from sparse_compiler.formats.cost import Decision, LinearProblem, ModelSelector, candidates
+from sparse_compiler.formats.cost import Decision, LinearProblem, candidates
 from sparse_compiler.passes.base import log
 
 # Bytes of weights to cycle through, beyond the caches of common processors.
 _COLD_BYTES = 80 * 2**20
 _MOST_COPIES = 48
 _ROUNDS = 7
+
+_NO_TIME = (
+    "no time was left to measure it: raise options['selection_budget'], or write "
+    "selection='model' to decide by bytes and flops"
+)
 
 Run = Callable[[], None]
 
@@ -38,13 +42,12 @@ class MeasuringSelector:
 
     Args:
         min_speedup: least ratio, at every number of rows judged, for a rewrite to be kept.
-        budget: seconds that may be spent on timing; afterwards the roofline model decides.
+        budget: seconds that may be spent on timing; afterwards layers stay dense.
     """
 
     def __init__(self, min_speedup: float, budget: float) -> None:
         self._min_speedup = min_speedup
         self._budget = budget
-        self._model = ModelSelector(min_speedup)
 
     def choose(self, problem: LinearProblem, weight: torch.Tensor) -> Decision:
         """See ``Selector``."""
@@ -55,12 +58,9 @@ class MeasuringSelector:
                 found = _cache().get(_key(problem, name, rows))
                 if found is None:
                     if self._budget <= 0:
-                        decision = self._model.choose(problem, weight)
-                        reason = f"no time left to measure; {decision.reason}"
-                        return Decision(decision.format, reason)
-                    started = time.perf_counter()
-                    found = _measure(problem, name, rows, weight)
-                    self._budget -= time.perf_counter() - started
+                        return Decision(None, _NO_TIME)
+                    found, seconds = _measure(problem, name, rows, weight)
+                    self._budget -= seconds
                     _cache().put(_key(problem, name, rows), found)
                 times.append((found[0] / found[1], *found, rows))
             ratio, dense, sparse, rows = min(times)
@@ -108,23 +108,20 @@ def _key(problem: LinearProblem, name: str, rows: int) -> str:
 
 def _measure(
     problem: LinearProblem, name: str, rows: int, weight: torch.Tensor
-) -> tuple[float, float]:
-    """Milliseconds of dense and sparse."""
+) -> tuple[tuple[float, float], float]:
+    """Milliseconds of dense and sparse, and the seconds it took to time them."""
     weight = weight.detach().contiguous()
     x = torch.randn(rows, problem.in_features).to(problem.dtype)
     with torch.no_grad():
         dense = _dense_runs(problem, x, weight)
         sparse = _sparse_runs(problem, name, x, weight)
-        ratios, dense_times, sparse_times = [], [], []
-        for round_ in range(_ROUNDS + 1):
-            a, b = _per_run(dense), _per_run(sparse)
-            if round_:  # the first round warms up
-                ratios.append(a / b)
-                dense_times.append(a)
-                sparse_times.append(b)
-    ratio, sparse_ms = statistics.median(ratios), statistics.median(sparse_times)
-    log.debug("%s %s x%d: %.2fx", name, tuple(weight.shape), rows, ratio)
-    return ratio * sparse_ms, sparse_ms
+        sparse[0]()  # compiles the library, which is nobody's time
+        started = time.perf_counter()
+        times = [(_per_run(dense), _per_run(sparse)) for _ in range(_ROUNDS)]
+    seconds = time.perf_counter() - started
+    best = min(a for a, _ in times), min(b for _, b in times)
+    log.debug("%s %s x%d: %.2fx", name, tuple(weight.shape), rows, best[0] / best[1])
+    return best, seconds
 
 
 def _per_run(runs: list[Run]) -> float:
