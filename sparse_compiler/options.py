@@ -19,7 +19,7 @@ class Options:
     Attributes:
         passes: names of the passes to run, in this order (default: all of them).
         verify: while compiling, run every rewrite against the region it replaces on random
-            inputs and raise ``VerificationError`` where they disagree.
+            inputs; one that disagrees is a ``VerificationError``, see ``on_error``.
         min_speedup: a rewrite is kept only if it is at least this many times faster than dense.
         selection: ``"measure"`` times dense against each legal format on this machine,
             ``"model"`` decides by bytes and flops, ``"always"`` takes the first legal format

@@ -172,6 +172,7 @@ def rewrite_masked(
         build,
         rule=f"masked_linear: {decision.format}",
         verify=verifier(gm, static, context, rewrite.target),
+        fresh=True,
     )
     gm.meta.setdefault("derived", []).append(
         derive(

@@ -58,8 +58,12 @@ class SparseLinear(Pass):
         assert expression is not None
         value = layer.weight.meta["val"]
         rewrite.shape, rewrite.dtype = tuple(value.shape), str(value.dtype).removeprefix("torch.")
+        region = Region.of([layer.node])
         refusal = (
-            refuse_tensor(value) or _refuse_leaves(static, expression) or _refuse_conversion(layer)
+            refuse_tensor(value)
+            or _refuse_leaves(static, expression)
+            or _refuse_conversion(layer)
+            or region.why_not_movable(fresh=True)
         )
         if refusal:
             rewrite.reason = refusal
@@ -114,10 +118,11 @@ class SparseLinear(Pass):
 
         replace_region(
             gm,
-            Region.of([layer.node]),
+            region,
             build,
             rule=f"{self.name}: {packed.format}",
             verify=verifier(gm, static, self.context, rewrite.target),
+            fresh=True,
         )
         gm.meta.setdefault("derived", []).append(
             derive(attributes, expression, _remake(layer, packed), rewrite.target)

@@ -35,7 +35,7 @@ def verdict(weight: torch.Tensor, **options) -> sc.Rewrite:
         (torch.ones(8, 8), "the weight has no zeros"),
         (pruned(40, 40, 0.8), "19% zeros are too few for any format to pay"),
         (pruned(8, 8, 0.3).double(), "the weight is float64: sparse kernels take float32 and "),
-        (pruned(8, 8, 0.3).half(), "the weight is float16, which this CPU computes through"),
+        (pruned(8, 8, 0.3).half(), "the weight is float16, which CPUs compute through"),
         (pruned(8, 8, 0.3).to(torch.complex64), "the weight is complex: sparse kernels take"),
         (pruned(2, 65536, 0.01), "in_features 65536 is above 65535, which 16-bit columns can"),
     ],
