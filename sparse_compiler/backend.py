@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from sparse_compiler.canonical import canonicalize_dynamo
+from sparse_compiler.errors import CanonicalizationError
 from sparse_compiler.formats.cost import AlwaysSelector, ModelSelector
 from sparse_compiler.options import Options
 from sparse_compiler.passes import PASSES, PassContext, PassManager, Rewrite
@@ -116,6 +117,10 @@ def _rewrite(
     """Canonicalize a copy of the graph and run the passes on it."""
     try:
         canonical = canonicalize_dynamo(gm, example_inputs)
+    except CanonicalizationError as error:
+        context.rewrites.append(Rewrite("graph", "the whole graph", reason=str(error)))
+        log.info("left a graph to Inductor: %s", error)
+        return CompiledGraph(gm, gm, context.rewrites)
     except Exception as error:
         rewrite = Rewrite("graph", "the whole graph")
         context.rewrites.append(rewrite)

@@ -241,14 +241,21 @@ def _retrace(run: Callable[..., Any], inputs: list[Any], fake_mode: Any) -> fx.G
 
 
 def _settle_literals(gm: fx.GraphModule) -> None:
-    """Keep literals such as ``torch.tensor(1.0)`` as attributes, and refuse what is none."""
+    """Keep literals such as ``torch.tensor(1.0)`` as attributes, and refuse what is none.
+
+    All inputs are fake, so a real tensor is a literal. Any other one was computed where the trace
+    could not see it: as a constant it would be wrong.
+    """
     buffers = dict(gm.named_buffers())
     for node in gm.graph.find_nodes(op="get_attr"):
         name = str(node.target)
         value = fetch_attr(gm, name)
-        if isinstance(value, FakeTensor):
+        if not isinstance(value, torch.Tensor):
+            continue
+        if isinstance(value, FakeTensor) or torch._C._functorch.is_functorch_wrapped_tensor(value):
             raise CanonicalizationError(
-                "tensor.data leaves no trace in a graph: write tensor.detach() instead."
+                "torch.func transforms (vmap, grad) and tensor.data leave no trace in a graph: "
+                "compile what is outside of them, and write tensor.detach()."
             )
         if buffers.pop(name, None) is not None:
             # AOTAutograd takes buffers for the model's own and asks for their source.

@@ -93,7 +93,7 @@ def test_linear(name, dtype, rows, out_features, in_features, density, special, 
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", ["csr", "block8", "bitmap"])
+@pytest.mark.parametrize("name", ["csr", "bitmap"])
 @pytest.mark.parametrize("isa", [256, 0])
 @settings(max_examples=40)
 @problem
@@ -121,7 +121,7 @@ def test_linear_thoroughly(
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_number_of_rows(name, dtype):
     weight = pruned(67, 131, 0.3, dtype)
-    for rows in range(150):
+    for rows in (*range(20), 31, 32, 33, 47, 48, 49, 63, 64, 65, 72, 80, 96, 97, 128, 129, 150):
         x = torch.randn(rows, 131).to(dtype)
         assert_product(multiply(name, x, weight), x, weight)
 

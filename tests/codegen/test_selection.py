@@ -25,6 +25,7 @@ class Measured(list):
     def __init__(self) -> None:
         super().__init__()
         self.times: dict = {}
+        self.seconds = 0.0
 
 
 @pytest.fixture
@@ -35,7 +36,7 @@ def measured(monkeypatch, tmp_path):
 
     def measure(problem, name, rows, weight):
         asked.append((name, rows))
-        return asked.times.get((name, rows), asked.times.get(name, (1.0, 2.0)))
+        return asked.times.get((name, rows), asked.times.get(name, (1.0, 2.0))), asked.seconds
 
     monkeypatch.setattr(selection, "_measure", measure)
     return asked
@@ -125,11 +126,24 @@ def test_other_kernels_are_measured_anew(measured, monkeypatch):
     assert len(measured) == 2
 
 
-def test_without_time_the_model_decides(measured):
+def test_without_time_layers_stay_dense_and_say_what_to_write(measured):
     decision = choose(problem_for(WEIGHT), WEIGHT, budget=0)
-    assert measured == []
-    assert decision.reason.startswith("no time left to measure; the roofline model expects")
-    assert decision.speedup is None  # nothing was measured
+    assert measured == [] and decision.format is None and decision.speedup is None
+    assert decision.reason == (
+        "no time was left to measure it: raise options['selection_budget'], or write "
+        "selection='model' to decide by bytes and flops"
+    )
+
+
+def test_the_budget_is_for_one_compilation(measured):
+    measured.times, measured.seconds = {"csr": (2.0, 1.0)}, 3.0
+    selector = selection.MeasuringSelector(1.05, 5.0)
+    formats = [
+        selector.choose(problem_for(pruned(64, 64, d)), WEIGHT).format for d in (0.05, 0.1, 0.2)
+    ]
+    assert formats == ["csr", "csr", None] and len(measured) == 2
+    # What was measured before costs nothing.
+    assert selector.choose(problem_for(pruned(64, 64, 0.1)), WEIGHT).format == "csr"
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -140,8 +154,8 @@ def test_a_real_measurement(monkeypatch, tmp_path, training, density):
     weight = pruned(64, 64, density)
     problem = problem_for(weight, (3,), training=training)
     for name in candidates(problem):
-        dense, sparse = selection._measure(problem, name, 3, weight)
-        assert dense > 0 and sparse > 0
+        (dense, sparse), seconds = selection._measure(problem, name, 3, weight)
+        assert dense > 0 and sparse > 0 and seconds > 0
 
 
 def test_the_roofline():

@@ -129,18 +129,32 @@ def test_literals_in_forward(records):
     assert applied(records) == 1
 
 
-def test_data_leaves_the_graph_dense_and_right():
-    """Retracing loses ``tensor.data``: the graph must not be touched."""
-    layer, x = linear(), torch.randn(5, 64)
+def reads_data(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    y = layer(x)
+    y.data.mul_(2)
+    return y + 1
 
-    def model(x: torch.Tensor) -> torch.Tensor:
-        y = layer(x)
-        y.data.mul_(2)
-        return y + 1
 
-    torch._dynamo.reset()
-    with torch.no_grad(), pytest.warns(UserWarning, match=r"write tensor\.detach\(\) instead"):
-        close(torch.compile(model, backend="sparse")(x), model(x))
+def under_vmap(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return layer(x) + torch.vmap(lambda row: row.sum() * 2)(x)[:, None]
+
+
+def under_grad(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return layer(x) + torch.func.grad(lambda x: x.sin().sum())(x)[:, :48]
+
+
+@pytest.mark.parametrize("function", [reads_data, under_vmap, under_grad])
+def test_what_retracing_cannot_see_leaves_the_graph_to_inductor(function, records):
+    """Such values became constants of the graph: the example's, for ever."""
+    layer = linear()
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        fast = sparse(lambda x: function(layer, x))
+        for _ in range(2):
+            x = torch.randn(5, 64)
+            close(fast(x), function(layer, x))
+    (rewrite,) = records[0].rewrites
+    assert not rewrite.applied and "leave no trace in a graph" in rewrite.reason
 
 
 def test_a_chain_longer_than_the_recursion_limit(records):
