@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from sparse_compiler.canonical import canonicalize_dynamo
-from sparse_compiler.errors import CanonicalizationError
+from sparse_compiler.errors import CanonicalizationError, UnsupportedError
 from sparse_compiler.formats.cost import AlwaysSelector, ModelSelector
 from sparse_compiler.options import Options
 from sparse_compiler.passes import PASSES, PassContext, PassManager, Rewrite
@@ -67,6 +67,7 @@ def sparse(
         UnsupportedError: this version of torch is not supported.
     """
     parsed = Options.parse(options)
+    _check_torch(torch.__version__)
     # Inductor is loaded at the first compilation, not when the backend is named.
     from sparse_compiler.codegen import cpp, inductor, lowerings
 
@@ -99,6 +100,15 @@ def sparse(
     for listener in listeners:
         listener(record)
     return record.call
+
+
+def _check_torch(version: str) -> None:
+    """Refuse versions of torch whose Inductor this package was never run with."""
+    major, minor = (int(part) for part in version.split(".")[:2])
+    if not (2, 11) <= (major, minor) < (2, 14):
+        raise UnsupportedError(
+            f"torch {version} is not supported, its Inductor may differ: install torch>=2.11,<2.14."
+        )
 
 
 def _selector(options: Options) -> Selector:

@@ -12,6 +12,7 @@ from helpers import ALWAYS, compiled, listening, prune_layers, pruned
 from torch import nn
 
 import sparse_compiler as sc
+from sparse_compiler import backend
 from sparse_compiler.codegen import cpp
 from sparse_compiler.formats import csr
 
@@ -313,3 +314,11 @@ def test_explain_leaves_the_listeners_as_they_were(records):
     with torch.no_grad():
         report = sc.explain(model, torch.randn(ROWS, IN), options=ALWAYS)
     assert [r.applied for r in report.rewrites if r.kind == "linear"] == [True]
+
+
+def test_other_versions_of_torch_are_refused(monkeypatch):
+    model = torch.nn.Linear(4, 4)
+    for version in ("2.10.1", "2.14.0a0", "3.0.0"):
+        monkeypatch.setattr(torch, "__version__", version)
+        with pytest.raises(sc.UnsupportedError, match=r"install torch>=2\.11,<2\.14"):
+            backend.sparse(torch.fx.symbolic_trace(model), [torch.ones(1, 4)])

@@ -1,7 +1,7 @@
 """The only contact with Inductor's private API: compiling graphs, C++ templates, libraries.
 
-Supports torch 2.11 to 2.13. Everything here was checked against those versions; others are refused
-with a sentence, because a private API that moved fails in ways nobody can read.
+For torch 2.11 to 2.13; the backend refuses others with a sentence, because a private API that moved
+fails in ways nobody can read.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 import torch._inductor.lowering  # first: the template modules import each other in a circle
 from torch import fx
 from torch._inductor import config, ir
+from torch._inductor.codegen.cpp_gemm_template import gen_2d_view_of_epilogue_buf
 from torch._inductor.codegen.cpp_template import CppTemplate
 from torch._inductor.codegen.cpp_template_kernel import CppTemplateCaller, CppTemplateKernel
 from torch._inductor.compile_fx import compile_fx
@@ -28,15 +29,6 @@ from torch._inductor.utils import Placeholder, parallel_num_threads, sympy_index
 from torch._inductor.virtualized import ops
 
 from sparse_compiler.codegen import cpp
-from sparse_compiler.errors import UnsupportedError
-
-try:  # where the helper that views an epilogue in the shape of the template's tile lives
-    from torch._inductor.codegen.cpp_gemm_template import gen_2d_view_of_epilogue_buf
-except ImportError as error:  # pragma: no cover
-    raise UnsupportedError(
-        f"torch {torch.__version__} has another Inductor than this package knows: "
-        "install torch>=2.11,<2.14."
-    ) from error
 
 
 def compile_graph(
