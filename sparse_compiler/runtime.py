@@ -20,6 +20,7 @@ import torch
 from torch import fx
 
 from sparse_compiler.derived import Derived, DoesNotFit, has_version
+from sparse_compiler.memory import gathered
 from sparse_compiler.passes.base import log
 
 # Sets of packed weights that one compiled graph keeps, for models that take turns.
@@ -115,6 +116,7 @@ class GuardedCall:
         self._settled_calls = 0
         self._positions = sorted({self._inputs[leaf] for item in derived for leaf in item.leaves})
         sources = tuple(seen[position] for position in self._positions)
+        self._gather(self._names, packed)
         # Dynamo runs models of one architecture through the same code: one state for each.
         first = self._snapshot(tuple(packed.values()), sources)
         self._states: tuple[_State, ...] = (first,)
@@ -139,17 +141,21 @@ class GuardedCall:
         """Whether any of the tensors with these ids was packed."""
         return any(id(s.tensor()) in tensors for state in self._states for s in state.sources)
 
+    def _gather(self, names: Sequence[str], packed: dict[str, torch.Tensor]) -> None:
+        """Move packed tensors side by side, but for those that the model hands out."""
+        ours = [name for name in names if name not in self._exposed_names()]
+        packed.update(zip(ours, gathered([packed[name] for name in ours]), strict=True))
+
+    def _exposed_names(self) -> set[str]:
+        return {name for item in self._derived if item.exposed for name in item.attributes}
+
     def _sources(self, args: Sequence[Any]) -> tuple[Source, ...]:
         return tuple(Source(position, args[position]) for position in self._positions)
 
     def _snapshot(self, packed: tuple[torch.Tensor, ...], sources: tuple[Source, ...]) -> _State:
         by_name = dict(zip(self._names, packed, strict=True))
-        exposed = tuple(
-            (by_name[name], by_name[name]._version)
-            for item in self._derived
-            if item.exposed
-            for name in item.attributes
-        )
+        handed_out = [by_name[name] for name in sorted(self._exposed_names())]
+        exposed = tuple((tensor, tensor._version) for tensor in handed_out)
         return _State(packed, sources, exposed)
 
     def _stale(self, args: Sequence[Any]) -> Any:
@@ -206,6 +212,14 @@ class GuardedCall:
         except Exception as error:
             log.info("%s changed: %s; running dense", target, error)
             return None
+        self._gather(
+            [
+                name
+                for name, old in zip(self._names, state.packed, strict=True)
+                if packed[name] is not old
+            ],
+            packed,
+        )
         log.debug("packed %d changed weights again", len(changed))
         return self._snapshot(tuple(packed.values()), sources)
 

@@ -16,13 +16,12 @@ import sympy
 import torch
 import torch._inductor.lowering  # first: the template modules import each other in a circle
 from torch import fx
-from torch._inductor import config, ir
+from torch._inductor import config, ir, lowering
 from torch._inductor.codegen.cpp_gemm_template import gen_2d_view_of_epilogue_buf
 from torch._inductor.codegen.cpp_template import CppTemplate
 from torch._inductor.codegen.cpp_template_kernel import CppTemplateCaller, CppTemplateKernel
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.cpu_vec_isa import invalid_vec_isa, pick_vec_isa
-from torch._inductor.decomposition import decompositions
 from torch._inductor.lowering import register_lowering
 from torch._inductor.runtime.runtime_utils import cache_dir
 from torch._inductor.utils import Placeholder, parallel_num_threads, sympy_index_symbol
@@ -245,11 +244,12 @@ def _row_major(tensor: Any) -> Any:
     return ir.ExternKernel.require_stride_order(ir.ExternKernel.copy_input(node), [1, 0])
 
 
+def flattened(tensor: Any) -> ir.TensorBox:
+    """A tensor as one contiguous dimension, copied if it does not lie so."""
+    flat: Any = lowering.view(tensor, [tensor.get_numel()])
+    return flat
+
+
 def register(operator: Any, lowering: Callable[..., Any]) -> None:
     """Make Inductor lower an operator with this function."""
     register_lowering(operator, type_promotion_kind=None)(lowering)
-
-
-def register_decomposition(operator: Any, body: Callable[..., Any]) -> None:
-    """Make Inductor replace an operator by ATen operators, after autograd."""
-    decompositions[operator] = body

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from typing import Any
 
 import torch
@@ -17,6 +16,20 @@ _CSR = ("values", "columns", "segments")
 def _rows_of_block(table: Any) -> int:
     """Third size of a layout's table [n-blocks, k-blocks, rows or groups of an n-block, ...]."""
     return int(table.get_size()[2])
+
+
+def _linear_dense(x: Any, weight: Any, digest: str = "") -> Any:
+    out_features, in_features = (int(size) for size in weight.get_size())
+    kernel = cpp.linear_kernel(
+        "linear_dense",
+        ("weight",),
+        out_features=out_features,
+        in_features=in_features,
+        n_block=cpp.GEMV_BLOCK,
+    )
+    return inductor.lower_kernel(
+        kernel, [x, weight], x.get_dtype(), [x.get_size()[0], out_features]
+    )
 
 
 def _linear_csr(
@@ -91,24 +104,25 @@ def _sampled_csr(
     return inductor.lower_kernel(kernel, [grad, x, columns, segments], torch.float32, size)
 
 
-def _take(dense: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    size = dense.numel()
-    values = dense.flatten()[index.clamp(max=size - 1)]
-    return torch.where(index < size, values, 0)
+def _take(dense: Any, index: Any, places: Any = None, source: Any = None, digest: str = "") -> Any:
+    flat = inductor.flattened(dense)
+    kernel = cpp.move_kernel("take", "index")
+    return inductor.lower_kernel(kernel, [flat, index], dense.get_dtype(), index.get_size())
 
 
-def _put(values: torch.Tensor, index: torch.Tensor, shape: list[int]) -> torch.Tensor:
-    zeros = values.new_zeros(math.prod(shape) + 1)
-    return zeros.index_put([index], values)[:-1].reshape(shape)
+def _put(values: Any, places: Any, source: Any, size: int, digest: str = "") -> Any:
+    kernel = cpp.move_kernel("put", "places", "source")
+    return inductor.lower_kernel(kernel, [values, places, source], values.get_dtype(), [size])
 
 
 @functools.cache
 def register_all() -> None:
     """Give Inductor a lowering for every operator of this package."""
     operators = torch.ops.sparse_compiler
+    inductor.register(operators.linear_dense.default, _linear_dense)
     inductor.register(operators.linear_csr.default, _linear_csr)
     inductor.register(operators.linear_bitmap.default, _linear_bitmap)
     inductor.register(operators.masked_linear_csr.default, _masked_linear_csr)
     inductor.register(operators.sampled_csr.default, _sampled_csr)
-    inductor.register_decomposition(operators.take.default, _take)
-    inductor.register_decomposition(operators.put.default, _put)
+    inductor.register(operators.put.default, _put)
+    inductor.register(operators.take.default, _take)

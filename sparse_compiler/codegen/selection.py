@@ -8,6 +8,7 @@ on disk by everything that decides them, and equal layers are measured once.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -20,8 +21,9 @@ from pathlib import Path
 import torch
 
 from sparse_compiler.codegen import cpp, inductor, native
-from sparse_compiler.formats import bitmap, csr
+from sparse_compiler.formats import bitmap, csr, masked
 from sparse_compiler.formats.cost import Decision, LinearProblem, candidates
+from sparse_compiler.memory import gathered
 from sparse_compiler.passes.base import log
 
 # Bytes of weights to cycle through, beyond the caches of common processors.
@@ -142,20 +144,17 @@ def _dense_runs(problem: LinearProblem, x: torch.Tensor, weight: torch.Tensor) -
     y = x.new_empty(rows, problem.out_features)
     copies = [weight.clone() for _ in range(_copies(weight.nbytes, rows))]
 
-    grad = torch.randn_like(y)
+    if not problem.training:
+        return [lambda w=w: torch.mm(x, w.t(), out=y) for w in copies]  # type: ignore[misc]
+    grad, mask = torch.randn_like(y), (weight != 0).to(weight.dtype)
 
-    def run(w: torch.Tensor) -> Run:
-        def forward() -> None:
-            torch.mm(x, w.t(), out=y)
+    def step(w: torch.Tensor) -> None:
+        product = w * mask
+        torch.mm(x, product.t())
+        torch.mm(grad, product)
+        torch.mm(grad.t(), x).mul_(mask)
 
-        def forward_and_backward() -> None:
-            torch.mm(x, w.t())
-            torch.mm(grad, w)
-            torch.mm(grad.t(), x)
-
-        return forward_and_backward if problem.training else forward
-
-    return [run(w) for w in copies]
+    return [functools.partial(step, w) for w in copies]
 
 
 def _sparse_runs(
@@ -163,7 +162,13 @@ def _sparse_runs(
 ) -> list[Run]:
     rows = x.shape[0]
     y = x.new_empty(rows, problem.out_features)
-    if name == "bitmap":
+    packed: tuple[torch.Tensor, ...]
+    if name == "gemv":
+        packed = (weight,)
+
+        def run(copy: tuple[torch.Tensor, ...]) -> Run:
+            return lambda: native.linear("linear_dense", x, copy, y)
+    elif name == "bitmap":
         layout, values = bitmap.pack(weight)
         packed = (values, layout.bits, layout.starts)
 
@@ -191,8 +196,12 @@ def _sparse_runs(
             return _training_run(x, y, weight, blocked, copy, forward)
 
     nbytes = sum(tensor.nbytes for tensor in packed)
-    copies = [tuple(t.clone() for t in packed) for _ in range(_copies(nbytes, rows))]
-    return [run(copy) for copy in copies]
+    number = _copies(nbytes, rows)
+    if name == "gemv":  # its weight stays where the model has it
+        return [run((weight.clone(),)) for _ in range(number)]
+    copies = gathered(packed * number)
+    each = len(packed)
+    return [run(tuple(copies[i : i + each])) for i in range(0, each * number, each)]
 
 
 def _training_run(
@@ -204,32 +213,26 @@ def _training_run(
     forward: Run,
 ) -> Run:
     """Forward, both gradients, and moving the values from and to the dense parameter."""
-    turned, turned_values = csr.pack(weight.t().contiguous())
-    grad, grad_x = torch.randn_like(y), torch.empty_like(x)
-    index = layout.element_index().clamp(max=weight.numel() - 1)
-    flat = weight.flatten()
-    gradient = torch.zeros(packed[0].numel())
+    dense = weight.flatten()
+    places = torch.arange(weight.numel()).view(weight.shape)
+    mask = masked.pack(weight, places, weight.dtype, group=layout.group)
+    order = mask.tensors["transposed_order"]
+    values, turned = packed[0].clone(), torch.empty(order.numel(), dtype=weight.dtype)
+    transposed = (turned, mask.tensors["transposed_columns"], mask.tensors["transposed_segments"])
+    grad, grad_x, grad_dense = torch.randn_like(y), torch.empty_like(x), torch.empty_like(dense)
+    sampled = torch.empty(values.numel())
+    columns, segments = packed[1:]
 
     def run() -> None:
-        flat[index]
+        native.take(dense, mask.tensors["index"], values)
         forward()
-        native.linear(
-            "linear_csr",
-            grad,
-            (turned_values, turned.columns, turned.segments),
-            grad_x,
-            k_block=turned.k_block,
-        )
+        native.take(values, order, turned)
+        native.linear("linear_csr", grad, transposed, grad_x, k_block=mask.transposed_k_block)
         native.sampled(
-            grad,
-            x,
-            packed[1],
-            packed[2],
-            gradient,
-            group=layout.group,
-            k_block=layout.k_block,
+            grad, x, columns, segments, sampled, group=layout.group, k_block=layout.k_block
         )
-        torch.zeros_like(flat).index_put([index], gradient.to(flat.dtype))
+        grads = sampled.to(weight.dtype)
+        native.put(grads, mask.tensors["places"], mask.tensors["source"], grad_dense)
 
     return run
 

@@ -17,6 +17,10 @@ _GBYTES = 20.0
 _GFLOPS = {torch.float32: 90.0, torch.bfloat16: 180.0}
 # A dense GEMM on few rows reads its weight at about half the rate of a plain stream.
 _SKINNY_READ = 0.5
+# Below this no format has ever paid.
+LEAST_SPARSITY = 0.3
+# Rows up to which a dense weight may be streamed (``gemv``).
+GEMV_ROWS = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,8 +56,13 @@ class Decision:
 
 
 def candidates(problem: LinearProblem) -> list[str]:
-    """Formats that are legal for the weight and may pay, the most promising first."""
+    """Formats that are legal for the weight and may pay, the most promising first.
+
+    ``gemv`` is the dense weight where it lies, streamed past a few rows of the input.
+    """
     pattern = problem.pattern
+    if pattern.sparsity < LEAST_SPARSITY:
+        return ["gemv"]
     if problem.training:  # bitmaps have no gradient kernels
         return ["block"] if pattern.block is not None and pattern.block[0] >= 4 else ["csr"]
     if pattern.block is not None and pattern.block[0] >= 4:
@@ -79,14 +88,16 @@ def sparse_ms(problem: LinearProblem, rows: int, name: str) -> float:
     size = problem.dtype.itemsize
     weights = problem.out_features * problem.in_features
     kept = weights * problem.pattern.density
-    if name == "bitmap":
+    if name == "gemv":
+        kept, stored, efficiency = float(weights), float(weights * size), 0.8
+    elif name == "bitmap":
         stored, efficiency = kept * size + weights / 8, 0.6
     elif name == "block":
         stored, efficiency = kept * (size + 0.5), 0.85
     else:
         stored, efficiency = kept * (size + 2.2), 0.6
     # Pairs of bfloat16 with one zero are computed, too.
-    if problem.dtype is torch.bfloat16 and name != "block":
+    if problem.dtype is torch.bfloat16 and name in ("bitmap", "csr"):
         density = problem.pattern.density
         kept = weights * (1 - (1 - density) ** 2)
     lanes = max(rows, 4)

@@ -4,11 +4,12 @@ The bodies here are the operators' meaning and their oracle: unpack, then multip
 runs them; it lowers the operators to kernels (``codegen``). Each takes a ``digest`` of the kernel
 sources, which puts the kernels' version into Inductor's cache keys.
 
+- ``linear_dense``: a weight without zeros and at most 4 rows; has no gradient.
 - ``linear_csr``, ``linear_bitmap``: fixed weights. The gradient for x is the dense one.
 - ``masked_linear_csr``: trainable weights under a mask. It takes the mask's transposed layout, so
   that the gradient for x is a sparse product too, and the gradient for the values is computed at
   the kept positions only (``sampled_csr``).
-- ``take``: the values of a dense trainable weight in stored order, with a scatter as gradient.
+- ``take``: the values of a dense trainable weight in stored order; ``put``, its gradient.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from sparse_compiler.formats import bitmap, csr
 
 _LAYOUT = "Tensor columns, Tensor segments, int out_features, int in_features, int group"
 _LIBRARY = torch.library.Library("sparse_compiler", "DEF")
+_LIBRARY.define("linear_dense(Tensor x, Tensor weight, str digest='') -> Tensor")
 _LIBRARY.define(
     f"linear_csr(Tensor x, Tensor values, {_LAYOUT}, int k_block, str digest='') -> Tensor"
 )
@@ -36,12 +38,21 @@ _LIBRARY.define(
     "Tensor transposed_columns, Tensor transposed_segments, int transposed_k_block, "
     "str digest='') -> Tensor"
 )
-_LIBRARY.define("take(Tensor dense, Tensor index) -> Tensor")
-_LIBRARY.define("put(Tensor values, Tensor index, SymInt[] shape) -> Tensor")
+_LIBRARY.define(
+    "take(Tensor dense, Tensor index, Tensor? places=None, Tensor? source=None, "
+    "str digest='') -> Tensor"
+)
+_LIBRARY.define(
+    "put(Tensor values, Tensor places, Tensor source, SymInt size, str digest='') -> Tensor"
+)
 
 
 def _multiply(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return torch.mm(x, weight.t())
+
+
+def _linear_dense(x: torch.Tensor, weight: torch.Tensor, digest: str = "") -> torch.Tensor:
+    return _multiply(x, weight)
 
 
 def _linear_csr(
@@ -123,21 +134,32 @@ def _masked_linear_csr(
     )
 
 
-def _take(dense: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Elements of ``dense`` by flat index; an index past the end gives 0."""
+def _take(
+    dense: torch.Tensor,
+    index: torch.Tensor,
+    places: torch.Tensor | None = None,
+    source: torch.Tensor | None = None,
+    digest: str = "",
+) -> torch.Tensor:
+    """Elements of ``dense`` by flat index; an index past the end gives 0.
+
+    ``places`` and ``source`` are the same relation for the gradient, ``put``: ascending flat
+    indices, and which stored value belongs there. Without them there is no gradient.
+    """
     flat = dense.flatten()
     return torch.cat([flat, flat.new_zeros(1)])[index.long()]
 
 
-def _put(values: torch.Tensor, index: torch.Tensor, shape: list[int]) -> torch.Tensor:
-    """The inverse of ``take``: zeros of ``shape`` with ``values`` at their places."""
-    size = 1
-    for length in shape:
-        size *= length
-    return values.new_zeros(size + 1).index_put([index.long()], values)[:-1].reshape(shape)
+def _put(
+    values: torch.Tensor, places: torch.Tensor, source: torch.Tensor, size: int, digest: str = ""
+) -> torch.Tensor:
+    """The inverse of ``take``: ``size`` zeros with ``values`` at their places."""
+    dense = values.new_zeros(size + 1).index_put([places.long()], values[source.long()])
+    return dense[:-1].clone()
 
 
 for _name, _body in {
+    "linear_dense": _linear_dense,
     "linear_csr": _linear_csr,
     "linear_bitmap": _linear_bitmap,
     "sampled_csr": _sampled_csr,
@@ -146,6 +168,11 @@ for _name, _body in {
     "put": _put,
 }.items():
     _LIBRARY.impl(_name, _body, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("sparse_compiler::linear_dense")
+def _fake_linear_dense(x: torch.Tensor, weight: torch.Tensor, digest: str = "") -> torch.Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0])
 
 
 @torch.library.register_fake("sparse_compiler::linear_csr")
@@ -173,13 +200,15 @@ def _fake_sampled_csr(
 
 
 @torch.library.register_fake("sparse_compiler::take")
-def _fake_take(dense: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+def _fake_take(dense: torch.Tensor, index: torch.Tensor, *args: Any) -> torch.Tensor:
     return dense.new_empty(index.shape)
 
 
 @torch.library.register_fake("sparse_compiler::put")
-def _fake_put(values: torch.Tensor, index: torch.Tensor, shape: list[int]) -> torch.Tensor:
-    return values.new_empty(shape)
+def _fake_put(
+    values: torch.Tensor, places: torch.Tensor, source: torch.Tensor, size: int, digest: str = ""
+) -> torch.Tensor:
+    return values.new_empty(size)
 
 
 def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
@@ -231,7 +260,7 @@ def _masked_linear_csr_backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]
     if ctx.needs_input_grad[0]:
         grad_x = torch.ops.sparse_compiler.linear_csr(
             grad,
-            torch.ops.sparse_compiler.take(values, order),
+            torch.ops.sparse_compiler.take(values, order, digest=digest),
             transposed_columns,
             transposed_segments,
             in_features,
@@ -248,14 +277,18 @@ def _masked_linear_csr_backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]
 
 
 def _take_backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
-    dense_shape = ctx.dense_shape
-    (index,) = ctx.saved_tensors
-    return torch.ops.sparse_compiler.put(grad, index, dense_shape), None
+    places, source = ctx.saved_tensors
+    size = ctx.dense_shape.numel()
+    dense = torch.ops.sparse_compiler.put(grad, places, source, size, ctx.digest)
+    return dense.view(ctx.dense_shape), None, None, None, None
 
 
 def _take_save(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    ctx.dense_shape = list(inputs[0].shape)
-    ctx.save_for_backward(inputs[1])
+    ctx.dense_shape = inputs[0].shape
+    ctx.digest = inputs[4]
+    ctx.save_for_backward(*inputs[2:4])
+    if inputs[2] is None:
+        ctx.mark_non_differentiable(output)
 
 
 for _name, _backward, _save in (

@@ -18,6 +18,8 @@ from torch import fx
 from sparse_compiler.derived import derive, fitted
 from sparse_compiler.formats import csr
 from sparse_compiler.formats.cost import Decision, LinearProblem
+from sparse_compiler.formats.masked import MaskLayout
+from sparse_compiler.formats.masked import pack as pack_mask
 from sparse_compiler.passes.base import PassContext, Rewrite
 from sparse_compiler.passes.contraction import Contraction
 from sparse_compiler.passes.verify import verifier
@@ -132,18 +134,19 @@ def rewrite_masked(
     dense_shape = masked.dense.meta["val"].shape
     dtype = layer.weight.meta["val"].dtype
 
-    def tensors(value: torch.Tensor, old: _MaskLayout | None = None) -> _MaskLayout:
+    def pack(value: torch.Tensor, like: MaskLayout | None = None) -> MaskLayout:
         keeps = masked.keeps(layer, value)
         places = masked.matrix(layer, torch.arange(dense_shape.numel()).view(dense_shape))
-        return _layout(keeps, places, dtype, group, old)
+        return pack_mask(keeps, places, dtype, group=group, like=like)
 
-    first = tensors(static.value(masked.mask))  # type: ignore[arg-type]
+    first = pack(static.value(masked.mask))  # type: ignore[arg-type]
     attributes: list[str] = []
 
     def build(builder: Builder, *inputs: fx.Node) -> fx.Node:
         nodes = {name: builder.constant(name, t) for name, t in first.tensors.items()}
         attributes.extend(str(node.target) for node in nodes.values())
-        values = builder.call(ops.take.default, masked.dense, nodes.pop("index"))
+        where = [nodes.pop(name) for name in ("index", "places", "source")]
+        values = builder.call(ops.take.default, masked.dense, *where)
         values = builder.call(aten.mul.Tensor, values, nodes.pop("multiplier"))
         if masked.cast is not None:
             values = builder.call(aten.to.dtype, values, masked.cast)
@@ -178,7 +181,7 @@ def rewrite_masked(
         derive(
             attributes,
             expression,
-            lambda value: list(tensors(value, first).tensors.values()),
+            lambda value: list(_fitted(pack(value, first), first, dense_shape.numel()).values()),
             rewrite.target,
         )
     )
@@ -186,60 +189,15 @@ def rewrite_masked(
     rewrite.packed_bytes = sum(t.numel() * t.itemsize for t in first.tensors.values())
 
 
-@dataclasses.dataclass(frozen=True)
-class _MaskLayout:
-    tensors: dict[str, torch.Tensor]
-    k_block: int
-    transposed_k_block: int
-
-
-def _layout(
-    keeps: torch.Tensor,
-    places: torch.Tensor,
-    dtype: torch.dtype,
-    group: int,
-    old: _MaskLayout | None,
-) -> _MaskLayout:
-    """Everything the graph needs to know about a mask [out_features, in_features].
-
-    Args:
-        keeps: the multiplier, 0 where the weight is masked.
-        places: flat index of each weight in the dense parameter.
-        dtype: of the weight that is multiplied.
-        group: rows that share a column list.
-        old: the layout the compiled code was made for; the new one gets its sizes.
-    """
-    structure = (keeps != 0).to(dtype)
-    forward, _ = csr.pack(structure, group=group, k_block=old.k_block if old else None)
-    backward, _ = csr.pack(structure.t(), k_block=old.transposed_k_block if old else None)
-    stored = forward.element_index()
-    outside = keeps.numel()
-    # Where each weight is stored in the forward order; one past the end where it is not.
-    position = stored.new_full((outside + 1,), stored.numel())
-    position[stored] = torch.arange(stored.numel())
-    position[outside] = stored.numel()
-    rows, columns = keeps.shape
-    transposed = backward.element_index()
-    inside = transposed < outside
-    turned = torch.where(inside, transposed % rows * columns + transposed // rows, outside)
-    values = torch.cat([keeps.flatten(), keeps.new_zeros(1)])
-    tensors = {
-        "index": torch.cat([places.flatten(), places.new_tensor([outside])])[stored].int(),
-        "multiplier": values[stored],
-        "columns": forward.columns,
-        "segments": forward.segments,
-        "transposed_order": position[turned].int(),
-        "transposed_columns": backward.columns,
-        "transposed_segments": backward.segments,
+def _fitted(new: MaskLayout, old: MaskLayout, outside: int) -> dict[str, torch.Tensor]:
+    """The tensors of a changed mask in the sizes that the compiled code was made for."""
+    # Filling points one past the end: it reads zero, and its gradient goes nowhere.
+    end = old.tensors["index"].numel()
+    fill = {"index": outside, "places": outside, "transposed_order": end}
+    order = new.tensors["transposed_order"]
+    short = order == new.tensors["index"].numel()
+    tensors = {**new.tensors, "transposed_order": order.masked_fill(short, end)}
+    return {
+        name: fitted(tensor, old.tensors[name], fill.get(name, 0))
+        for name, tensor in tensors.items()
     }
-    if old is not None:
-        # Filling points one past the end: it reads zero, and its gradient goes nowhere.
-        end = old.tensors["index"].numel()
-        fill = {"index": outside, "transposed_order": end}
-        short = tensors["transposed_order"] == stored.numel()
-        tensors["transposed_order"] = tensors["transposed_order"].masked_fill(short, end)
-        tensors = {
-            name: fitted(tensor, old.tensors[name], fill.get(name, 0))
-            for name, tensor in tensors.items()
-        }
-    return _MaskLayout(tensors, forward.k_block, backward.k_block)

@@ -3,11 +3,15 @@
 Find: every contraction with one static side (``contraction.py``). Check: device, dtype, whether the
 zeros are structure or accident, whether a format pays. Rewrite: pack the weight, put the sparse
 operator in the layer's place, and remember how to pack it again when the weight changes.
+
+Where zeros pay at batch 1, layers without zeros are most of what is left: in a graph with sparse
+layers they are read by a kernel of our own, if that is faster. A model without zeros is left alone.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,7 +20,7 @@ from torch import fx
 from sparse_compiler.derived import Remake, derive, fitted, has_version
 from sparse_compiler.formats import bitmap, csr
 from sparse_compiler.formats.blocking import MAX_UNITS
-from sparse_compiler.formats.cost import LinearProblem
+from sparse_compiler.formats.cost import GEMV_ROWS, LEAST_SPARSITY, LinearProblem
 from sparse_compiler.formats.pattern import Pattern, find_pattern
 from sparse_compiler.ops import linear as _operators  # noqa: F401  registers the operators
 from sparse_compiler.passes.base import Pass, Rewrite, module_path
@@ -27,8 +31,6 @@ from sparse_compiler.region import Builder, Region, replace_region
 from sparse_compiler.static import StaticExpression, StaticValues
 
 DTYPES = (torch.float32, torch.bfloat16)
-# Below this no format has ever paid; such weights are not candidates, only counted.
-LEAST_SPARSITY = 0.3
 # Row counts a layer with a dynamic number of rows is judged at, besides the hint.
 DYNAMIC_ROWS = (1, 16, 128, 1024)
 
@@ -43,17 +45,33 @@ class SparseLinear(Pass):
     def run(self, gm: fx.GraphModule) -> None:
         """Find, check, rewrite."""
         static = StaticValues(gm, training=self.context.training)
+        full: list[_Candidate] = []
+        any_sparse = False
         for layer in find_contractions(gm, static):
-            rewrite = Rewrite("linear", layer_name(layer, static))
-            self.context.rewrites.append(rewrite)
-            try:
-                self._consider(gm, layer, static, rewrite)
-            except Exception as error:
-                self.context.failed(rewrite, error)
+            candidate = _Candidate(layer, Rewrite("linear", layer_name(layer, static)))
+            self.context.rewrites.append(candidate.rewrite)
+            self._attempt(self._consider, gm, candidate, static)
+            any_sparse |= candidate.rewrite.applied
+            if candidate.may_stream:
+                full.append(candidate)
+        if any_sparse:
+            for candidate in full:
+                self._attempt(self._stream, gm, candidate, static)
 
-    def _consider(
-        self, gm: fx.GraphModule, layer: Contraction, static: StaticValues, rewrite: Rewrite
+    def _attempt(
+        self,
+        step: Callable[[fx.GraphModule, _Candidate, StaticValues], None],
+        gm: fx.GraphModule,
+        candidate: _Candidate,
+        static: StaticValues,
     ) -> None:
+        try:
+            step(gm, candidate, static)
+        except Exception as error:
+            self.context.failed(candidate.rewrite, error)
+
+    def _consider(self, gm: fx.GraphModule, candidate: _Candidate, static: StaticValues) -> None:
+        layer, rewrite = candidate.layer, candidate.rewrite
         expression = static.expression(layer.weight)
         assert expression is not None
         value = layer.weight.meta["val"]
@@ -72,6 +90,7 @@ class SparseLinear(Pass):
         pattern = find_pattern(matrix)
         rewrite.shape, rewrite.sparsity = pattern.shape, pattern.sparsity
         rewrite.pattern, rewrite.near_misses = pattern.name, pattern.near_misses
+        candidate.pattern = pattern
         if pattern.nonzeros == matrix.numel():
             rewrite.reason = "the weight has no zeros"
             return
@@ -129,6 +148,54 @@ class SparseLinear(Pass):
         )
         rewrite.applied, rewrite.format = True, packed.format
         rewrite.packed_bytes = sum(t.numel() * t.itemsize for t in packed.tensors.values())
+
+    def _stream(self, gm: fx.GraphModule, candidate: _Candidate, static: StaticValues) -> None:
+        """Give a layer that has hardly any zeros the kernel for dense weights and few rows."""
+        layer, rewrite = candidate.layer, candidate.rewrite
+        assert candidate.pattern is not None
+        dtype = layer.weight.meta["val"].dtype
+        problem = problem_of(layer, candidate.pattern, dtype, training=False)
+        decision = self.context.selector.choose(problem, static.value(layer.weight))  # type: ignore[arg-type]
+        if decision.format is None or self.context.out_of_fuel():
+            return
+
+        def build(builder: Builder, *inputs: fx.Node) -> fx.Node:
+            return layer.build(
+                builder, lambda x: builder.call(ops.linear_dense.default, x, layer.weight)
+            )
+
+        replace_region(
+            gm,
+            Region.of([layer.node]),
+            build,
+            rule=f"{self.name}: {decision.format}",
+            verify=verifier(gm, static, self.context, rewrite.target),
+            fresh=True,
+        )
+        rewrite.applied, rewrite.format, rewrite.rows = True, decision.format, problem.rows
+        rewrite.reason = f"{decision.reason}; {rewrite.reason}"
+        rewrite.speedup, rewrite.baseline_ms = decision.speedup, decision.baseline_ms
+        rewrite.sparse_ms = decision.sparse_ms
+
+
+@dataclasses.dataclass
+class _Candidate:
+    """A layer under consideration; ``pattern`` is None until its weight has been looked at."""
+
+    layer: Contraction
+    rewrite: Rewrite
+    pattern: Pattern | None = None
+
+    @property
+    def may_stream(self) -> bool:
+        """Whether its weight is (nearly) full, lies as [out, in], and meets few rows."""
+        layer, pattern = self.layer, self.pattern
+        if self.rewrite.applied or pattern is None or pattern.sparsity >= LEAST_SPARSITY:
+            return False
+        plain = layer.w_letters == layer.out_feature_letters + layer.in_letters
+        contiguous = plain and layer.weight.meta["val"].is_contiguous()
+        few = isinstance(layer.rows, int) and 1 <= layer.rows <= GEMV_ROWS
+        return contiguous and len(layer.w_letters) == 2 and few and pattern.nonzeros > 0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -145,6 +145,25 @@ def test_a_wide_weight(name):
         assert_product(multiply(name, x, weight), x, weight)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@given(
+    rows=st.integers(1, 4),
+    out_features=st.sampled_from([1, 3, 64, 65, 130]),
+    in_features=st.sampled_from([1, 2, 31, 65, 300]),
+    special=st.sampled_from([None, float("nan"), float("inf")]),
+    seed=st.integers(0, 2**16),
+)
+def test_a_dense_weight_streamed(dtype, rows, out_features, in_features, special, seed):
+    torch.manual_seed(seed)
+    weight = torch.randn(out_features, in_features).to(dtype)
+    x = torch.randn(rows, in_features).to(dtype)
+    if special is not None:
+        x[-1, -1] = special
+    y = torch.empty(rows, out_features, dtype=dtype)
+    native.linear("linear_dense", x, (weight,), y)
+    assert_product(y, x, weight)
+
+
 def sampled(grad: torch.Tensor, x: torch.Tensor, layout: csr.CsrLayout) -> torch.Tensor:
     per_unit = 4 // x.dtype.itemsize
     out = torch.zeros(layout.columns.numel() * layout.group * per_unit)
@@ -199,18 +218,48 @@ def test_gradient_of_kept_weights_thoroughly(isa, dtype, group):
             check_sampled(rows, 67, 133, 0.3, dtype, group, seed)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@given(
+    size=st.sampled_from([1, 5, 4096, 9001]),
+    density=st.sampled_from([0.0, 0.1, 1.0]),
+    filling=st.sampled_from([0, 7]),
+    seed=st.integers(0, 2**16),
+)
+def test_values_put_into_a_dense_gradient(dtype, size, density, filling, seed):
+    generator = torch.Generator().manual_seed(seed)
+    places = (torch.rand(size, generator=generator) < density).nonzero().flatten()
+    source = torch.randperm(len(places), generator=generator)
+    values = torch.randn(len(places) + 1, generator=generator).to(dtype)
+    expected = torch.zeros(size, dtype=dtype)
+    expected[places] = values[source]
+    padded = [
+        torch.cat([t, t.new_full((filling,), end)]) for t, end in ((places, size), (source, 0))
+    ]
+    found = torch.full((size,), float("nan")).to(dtype)
+    native.put(values, padded[0].int(), padded[1].int(), found)
+    assert torch.equal(found, expected)
+    # And back, in the order they came from.
+    index = torch.full((len(values) + filling,), size)
+    index[source] = places
+    again = torch.full((len(index),), float("nan")).to(dtype)
+    native.take(found, index.int(), again)
+    kept = index < size
+    assert torch.equal(again[kept], values[: len(kept)][kept[: len(values)]])
+    assert bool((again[~kept] == 0).all())
+
+
 def test_the_instruction_set_is_in_the_source_and_in_the_cache_key():
     sources = []
     for isa in (512, 256, 0):
         if isa <= inductor.vector_isa():
             with forced(isa):
-                library = native._library("linear_csr", torch.float32, 1, 64, -1, isa)
-                assert library is native._library("linear_csr", torch.float32, 1, 64, -1, isa)
+                library = native._library("linear_csr", torch.float32, isa, n_block=64)
+                assert library is native._library("linear_csr", torch.float32, isa, n_block=64)
                 sources.append(library)
     assert len({id(library) for library in sources}) == len(sources)
 
 
-@pytest.mark.parametrize("name", ["linear_csr", "linear_bitmap", "sampled_csr"])
+@pytest.mark.parametrize("name", ["linear_csr", "linear_bitmap", "sampled_csr", "take", "put"])
 def test_headers_stand_alone(name):
     """Nothing in a kernel's source includes a file of this package."""
     text = cpp.headers(name)

@@ -58,14 +58,17 @@ def test_fakes_and_autograd_registrations(dtype):
         test_utils=utils,
     )
     index = torch.tensor([0, 5, 239, 240], dtype=torch.int32)
-    opcheck(ops.take.default, (weight.clone().requires_grad_(), index), test_utils=utils)
-    opcheck(ops.put.default, (torch.randn(4), index, [20, 12]), test_utils=utils)
+    source = torch.arange(4, dtype=torch.int32)
+    dense = weight.clone().requires_grad_()
+    opcheck(ops.take.default, (dense, index, index, source), test_utils=utils)
+    opcheck(ops.put.default, (torch.randn(4), index, source, 240), test_utils=utils)
 
 
 def test_take_and_put_are_each_others_inverse():
     dense = torch.randn(4, 5, requires_grad=True)
     index = torch.tensor([3, 19, 20, 0], dtype=torch.int32)
-    values = ops.take(dense, index)
+    places, source = index.sort()
+    values = ops.take(dense, index, places, source.int())
     assert values.tolist() == [dense[0, 3].item(), dense[3, 4].item(), 0.0, dense[0, 0].item()]
     values.backward(torch.tensor([1.0, 2.0, 3.0, 4.0]))
     expected = torch.zeros(4, 5)

@@ -629,7 +629,7 @@ def test_what_is_left_may_become_sparse() -> None:
     model = MLP(F.relu, features=(64, 128, 64))
     model.up.weight[torch.rand(128, 64) < 0.9] = 0
     model.up.weight[:40] = 0
-    x = torch.randn(4, 64)
+    x = torch.randn(8, 64)
     graph, rewrites = cut(model, x)
     SparseLinear(PassContext(Options(selection="always", on_error="raise")))(graph)
     applied = [r for r in graph.meta["rewrites"] if r.applied]

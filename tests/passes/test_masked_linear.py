@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrize, prune
 
 import sparse_compiler as sc
-from sparse_compiler.passes.masked_linear import _layout
+from sparse_compiler.formats.masked import pack
 
 
 class Mask(nn.Module):
@@ -233,7 +233,7 @@ def test_a_mask_of_equal_density_fits_the_old_layout(seed, block):
     order = torch.randperm(64 // block).repeat_interleave(block) * block
     other = first[order + torch.arange(64) % block]
     places = torch.arange(first.numel()).view_as(first)
-    old = _layout(first.float(), places, torch.float32, block, None)
-    new = _layout(other.float(), places, torch.float32, block, old)
+    old = pack(first.float(), places, torch.float32, group=block)
+    new = pack(other.float(), places, torch.float32, group=block, like=old)
     for name, tensor in new.tensors.items():
         assert tensor.shape == old.tensors[name].shape and tensor.dtype == old.tensors[name].dtype

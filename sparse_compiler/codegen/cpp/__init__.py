@@ -15,9 +15,12 @@ from pathlib import Path
 _HERE = Path(__file__).parent
 # Most rows of a tile, gradients stored at a time.
 _TILE_ROWS = 16
-_PIECE = 4096
+PIECE = 4096
+# Rows of a dense weight that make a task.
+GEMV_BLOCK = 64
 _COMMON = ("vec", "transpose", "panel", "multiply", "csr")
 _HEADERS = {
+    "linear_dense": ("vec", "dense"),
     "linear_csr": (*_COMMON, "gemv", "linear"),
     "linear_bitmap": (
         *_COMMON,
@@ -28,6 +31,8 @@ _HEADERS = {
         "bitmap_linear",
     ),
     "sampled_csr": (*_COMMON, "gemv", "linear", "sampled"),
+    "take": ("vec", "move"),
+    "put": ("vec", "move"),
 }
 
 
@@ -36,7 +41,7 @@ class Kernel:
     """One kernel with its literals.
 
     Attributes:
-        name: ``linear_csr``, ``linear_bitmap`` or ``sampled_csr``.
+        name: of the operator.
         template: the Jinja file that wraps it.
         inputs: names of its tensor arguments in the source; ``X`` is the activation.
         strided: those that must be row-major but may have padded rows.
@@ -55,12 +60,12 @@ class Kernel:
 
 
 def linear_kernel(name: str, packed: tuple[str, ...], *, n_block: int, **literals: int) -> Kernel:
-    """A linear layer: ``name`` is ``linear_csr`` or ``linear_bitmap``."""
+    """A linear layer: ``name`` is ``linear_csr``, ``linear_bitmap`` or ``linear_dense``."""
     return Kernel(
         name,
         "linear",
         ("X", *packed),
-        ("X",),
+        ("X", "weight"),
         {"n_block": n_block, **literals},
         (_TILE_ROWS, n_block),
         (("m_start", "m_end"), ("n_start", "n_end")),
@@ -74,8 +79,21 @@ def sampled_kernel(**literals: int) -> Kernel:
         "sampled",
         ("G", "X", "columns", "segments"),
         ("G", "X"),
-        {"piece": _PIECE, **literals},
-        (_PIECE,),
+        {"piece": PIECE, **literals},
+        (PIECE,),
+        (("p_start", "p_end"),),
+    )
+
+
+def move_kernel(name: str, *arguments: str) -> Kernel:
+    """``take`` or ``put``: values between a dense weight and stored order."""
+    return Kernel(
+        name,
+        "move",
+        ("X", *arguments),
+        (),
+        {"piece": PIECE},
+        (PIECE,),
         (("p_start", "p_end"),),
     )
 
