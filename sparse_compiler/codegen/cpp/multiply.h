@@ -14,13 +14,12 @@ struct Segment {
   uint16_t group;  // row group inside its n-block
 };
 
-// R = 1: one row x V vectors. Two weights a step share one load; U sets of sums hide the latency
+// R = 1: one row x V vectors. Four weights a step share one load; U sets of sums hide the latency
 // of a mac where V vectors are too few to do it.
 template <class E, int L, int V, int W>
 inline void multiply_row(const float* values, const uint16_t* cols, int count, const float* panel,
                          float* y, bool first) {
   constexpr int U = V == 1 ? 4 : V == 2 || (E::per_unit == 2 && V <= 4) ? 2 : 1;
-  constexpr int STEP = std::max(U, 2);
   vf<L> acc[U][V] = {};
   if (!first)
     for (int v = 0; v < V; ++v) acc[0][v] = load<L>(y + v * L);
@@ -29,14 +28,11 @@ inline void multiply_row(const float* values, const uint16_t* cols, int count, c
     for (int v = 0; v < V; ++v) sums[v] = mac<E, L>(w, load<L>(x + v * L), sums[v]);
   };
   int p = 0;
-  for (; p + STEP <= count; p += STEP) {
+  for (; p + 4 <= count; p += 4) {
+    vf<L> w[4];
+    splat4<L>(values + p, w);
 #pragma GCC unroll 4
-    for (int u = 0; u < STEP; u += 2) {
-      vf<L> w0, w1;
-      splat2<L>(values + p + u, w0, w1);
-      step(p + u, w0, acc[u % U]);
-      step(p + u + 1, w1, acc[(u + 1) % U]);
-    }
+    for (int u = 0; u < 4; ++u) step(p + u, w[u], acc[u % U]);
   }
   for (; p < count; ++p) step(p, splat<L>(values + p), acc[0]);
   for (int v = 0; v < V; ++v) {
