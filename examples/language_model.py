@@ -127,8 +127,8 @@ class Session:
     def complete(self, prompt: Tensor, count: int) -> list[int]:
         """The continuation of a short prompt [1, n], fed one token at a time."""
         self.cache.reset()
-        for ids in prompt.split(1, dim=1):
-            logits = self.step(ids)
+        for token in prompt[0].tolist():
+            logits = self.step(torch.tensor([[token]]))
         return self.decode(logits, count)
 
 

@@ -150,9 +150,10 @@ def _table(rewrites: Sequence[Rewrite]) -> list[str]:
     for item in rewrites:
         name = re.sub(r"(?<![A-Za-z])\d+", "*", item.target)
         reason = re.sub(r"\d+\.\d+", "*", item.reason)
-        key = (item.kind, name, item.shape, item.rows, item.format, item.pattern, reason)
+        pattern = re.sub(r"^\d+ ", "", item.pattern or "-")  # "14 zero rows"
+        key = (item.kind, name, item.shape, item.rows, item.format, pattern, reason)
         groups.setdefault(key, []).append(item)
-    rows = [_HEADINGS, *(_row(key[1], group) for key, group in groups.items())]
+    rows = [_HEADINGS, *(_row(key[1], key[5], group) for key, group in groups.items())]
     widths = [max(len(row[i]) for row in rows) for i in range(len(_HEADINGS) - 1)]
     return [
         "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[-1]])
@@ -160,8 +161,10 @@ def _table(rewrites: Sequence[Rewrite]) -> list[str]:
     ]
 
 
-def _row(name: str, group: list[Rewrite]) -> tuple[str, ...]:
+def _row(name: str, pattern: str, group: list[Rewrite]) -> tuple[str, ...]:
     first = group[0]
+    if len({item.pattern for item in group}) == 1:
+        pattern = first.pattern or "-"
 
     def mean(attribute: str, form: str) -> str:
         values = [getattr(item, attribute) for item in group]
@@ -176,7 +179,7 @@ def _row(name: str, group: list[Rewrite]) -> tuple[str, ...]:
         "x".join(map(str, first.shape)) or "-",
         ",".join(map(str, first.rows)) or "-",
         mean("sparsity", "{:.1%}"),
-        first.pattern or "-",
+        pattern,
         first.format,
         mean("baseline_ms", "{:.3f} ms"),
         mean("sparse_ms", "{:.3f} ms"),

@@ -105,3 +105,13 @@ def test_nothing_that_was_compiled_is_thrown_away():
         sc.explain(model, x, options={"selection": "model"})
         function(x)
     assert len(calls) == 1
+
+
+def test_layers_that_differ_in_how_many_rows_are_zero_share_a_line():
+    model = Mlp()
+    with torch.no_grad():
+        for rows, layer in enumerate(model.layers, 2):
+            layer.weight[:rows] = 0
+        text = str(sc.explain(model, torch.randn(4, 32), options={"selection": "model"}))
+    (line,) = [line for line in text.splitlines() if "zero rows" in line]
+    assert line.startswith("layers.* x3") and "  zero rows  " in line
