@@ -22,7 +22,7 @@ import torch
 
 from sparse_compiler.codegen import cpp, inductor, native
 from sparse_compiler.formats import bitmap, csr, masked
-from sparse_compiler.formats.cost import Decision, LinearProblem, candidates
+from sparse_compiler.formats.cost import Comparison, Decision, LinearProblem, candidates
 from sparse_compiler.memory import gathered
 from sparse_compiler.passes.base import log
 
@@ -81,6 +81,20 @@ class MeasuringSelector:
             why += " (the number of rows is dynamic, so the worst one counts)"
         return Decision(None, why, best.speedup, best.baseline_ms, best.sparse_ms)
 
+    def compare(self, before: LinearProblem, after: LinearProblem) -> Comparison:
+        """See ``Selector``."""
+        (rows,) = before.rows
+        sizes = [before.out_features, before.in_features, after.out_features, after.in_features]
+        key = json.dumps(["dense", *sizes, rows, str(before.dtype), before.threads])
+        found = _cache().get(key)
+        if found is None:
+            if self._budget <= 0:
+                return Comparison(unknown=_NO_TIME)
+            found, seconds = _race(*(_random_runs(problem) for problem in (before, after)))
+            self._budget -= seconds
+            _cache().put(key, found)
+        return Comparison(*found, measured=True)
+
 
 def _rows(rows: int) -> str:
     return "1 row" if rows == 1 else f"{rows} rows"
@@ -116,14 +130,27 @@ def _measure(
     x = torch.randn(rows, problem.in_features).to(problem.dtype)
     with torch.no_grad():
         dense = _dense_runs(problem, x, weight)
-        sparse = _sparse_runs(problem, name, x, weight)
-        sparse[0]()  # compiles the library, which is nobody's time
-        started = time.perf_counter()
-        times = [(_per_run(dense), _per_run(sparse)) for _ in range(_ROUNDS)]
-    seconds = time.perf_counter() - started
-    best = min(a for a, _ in times), min(b for _, b in times)
+        best, seconds = _race(dense, _sparse_runs(problem, name, x, weight))
     log.debug("%s %s x%d: %.2fx", name, tuple(weight.shape), rows, best[0] / best[1])
     return best, seconds
+
+
+def _race(left: list[Run], right: list[Run]) -> tuple[tuple[float, float], float]:
+    """Best milliseconds of two contestants that take turns, and the seconds that took."""
+    with torch.no_grad():
+        for runs in (left, right):
+            runs[0]()  # compiles the library, which is nobody's time
+        started = time.perf_counter()
+        times = [(_per_run(left), _per_run(right)) for _ in range(_ROUNDS)]
+    seconds = time.perf_counter() - started
+    return (min(a for a, _ in times), min(b for _, b in times)), seconds
+
+
+def _random_runs(problem: LinearProblem) -> list[Run]:
+    """A dense layer with random weights."""
+    x = torch.randn(problem.rows[0], problem.in_features).to(problem.dtype)
+    weight = torch.randn(problem.out_features, problem.in_features).to(problem.dtype)
+    return _dense_runs(problem, x, weight)
 
 
 def _per_run(runs: list[Run]) -> float:

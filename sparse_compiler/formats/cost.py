@@ -79,7 +79,8 @@ def dense_ms(problem: LinearProblem, rows: int) -> float:
     weights = problem.out_features * problem.in_features
     rate = _GBYTES * (_SKINNY_READ if rows < 16 else 1.0)
     read = weights * size / (rate * problem.threads)
-    work = 2 * rows * weights / (_GFLOPS[problem.dtype] * problem.threads)
+    flops = _GFLOPS.get(problem.dtype, _GFLOPS[torch.float32])
+    work = 2 * rows * weights / (flops * problem.threads)
     return max(read, work) * 1e-6
 
 
@@ -107,7 +108,31 @@ def sparse_ms(problem: LinearProblem, rows: int, name: str) -> float:
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelSelector:
+class Comparison:
+    """Milliseconds of a dense layer and of a smaller dense one.
+
+    Attributes:
+        unknown: why there are no times, if there are none.
+        measured: whether the times were taken, not estimated.
+    """
+
+    before_ms: float = 0.0
+    after_ms: float = 0.0
+    unknown: str = ""
+    measured: bool = False
+
+
+class Roofline:
+    """What selectors that do not measure know of dense layers."""
+
+    def compare(self, before: LinearProblem, after: LinearProblem) -> Comparison:
+        """See ``Selector``."""
+        (rows,) = before.rows
+        return Comparison(dense_ms(before, rows), dense_ms(after, rows))
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSelector(Roofline):
     """Decides by the roofline alone; the times in its decisions are estimates."""
 
     min_speedup: float = 1.05
@@ -134,7 +159,7 @@ class ModelSelector:
 
 
 @dataclasses.dataclass(frozen=True)
-class AlwaysSelector:
+class AlwaysSelector(Roofline):
     """Takes the first legal format, whatever it costs (``selection="always"``)."""
 
     def choose(self, problem: LinearProblem, weight: torch.Tensor) -> Decision:

@@ -20,7 +20,7 @@ from torch.fx.passes.infra.pass_base import PassResult
 
 from sparse_compiler.derived import drop_unused
 from sparse_compiler.errors import PassError, SparseCompilerError
-from sparse_compiler.formats.cost import Decision, LinearProblem, ModelSelector
+from sparse_compiler.formats.cost import Comparison, Decision, LinearProblem, ModelSelector
 from sparse_compiler.options import Options
 
 log = logging.getLogger("sparse_compiler")
@@ -72,6 +72,10 @@ class Selector(Protocol):
 
     def choose(self, problem: LinearProblem, weight: torch.Tensor) -> Decision:
         """The format to use, or None for dense, with the reason and the times."""
+        ...
+
+    def compare(self, before: LinearProblem, after: LinearProblem) -> Comparison:
+        """Times of a dense layer and of a smaller one, both at the one number of rows."""
         ...
 
 

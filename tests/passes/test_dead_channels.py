@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import sparse_compiler as sc
+from sparse_compiler.canonical import canonicalize
+from sparse_compiler.formats.cost import AlwaysSelector, Comparison
 from sparse_compiler.options import Options
 from sparse_compiler.passes import DeadChannels, PassContext, Rewrite, SparseLinear
 from sparse_compiler.runtime import live
@@ -464,6 +466,29 @@ def test_a_small_gain_does_not_pay() -> None:
     model.up.weight[:40] = 0
     _, rewrites = cut(model, torch.randn(64, 64), selection="model", min_speedup=1.5)
     assert rewrites[0].reason.startswith("not faster: the roofline model expects 1.0")
+
+
+def test_the_gain_is_measured_where_it_is_to_be() -> None:
+    class Stopwatch(AlwaysSelector):
+        found = Comparison(3.0, 2.0, measured=True)
+
+        def compare(self, before, after):
+            return self.found
+
+    selector = Stopwatch()
+    model = MLP(F.relu, features=(64, 512, 64))
+    model.up.weight[:100] = 0
+    for found, said in (
+        (Comparison(3.0, 2.0, measured=True), "channels are dead and were removed; measured 1.50x"),
+        (Comparison(3.0, 2.95, measured=True), "not faster: measured 1.02x"),
+        (Comparison(unknown="no time was left"), "no time was left"),
+    ):
+        selector.found = found
+        context = PassContext(Options(on_error="raise"), False, selector)
+        with torch.no_grad():
+            DeadChannels(context)(canonicalize(model, torch.randn(64, 64)))
+        assert context.rewrites[0].reason.endswith(said)
+        assert context.rewrites[0].applied == ("removed" in said)
 
 
 def test_float16_is_refused() -> None:

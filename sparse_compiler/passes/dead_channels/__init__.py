@@ -185,7 +185,7 @@ class DeadChannels(Pass):
         if not share or (share < LEAST_SHARE and self.context.options.selection != "always"):
             rewrite.reason = f"{count} of {group.units} channels are too few to pay"
             return
-        gain = group_gain(group, removed)
+        gain = group_gain(self.context.selector, group, removed)
         if not self._pays(gain, rewrite):
             return
         if self.context.out_of_fuel():
@@ -218,8 +218,7 @@ class DeadChannels(Pass):
         self._decided.update(cut.inputs)
         rewrite.applied, rewrite.format = True, "smaller dense"
         rewrite.reason = (
-            f"{int(removed.sum())} of {group.units} channels are dead and were removed; the "
-            f"roofline model expects {gain.speedup:.2f}x"
+            f"{int(removed.sum())} of {group.units} channels are dead and were removed; {gain}"
         )
 
     def _pays(self, gain: Gain, rewrite: Rewrite) -> bool:
@@ -228,7 +227,7 @@ class DeadChannels(Pass):
         options = self.context.options
         if options.selection == "always" or gain.speedup >= options.min_speedup:
             return True
-        rewrite.reason = f"not faster: the roofline model expects {gain.speedup:.2f}x"
+        rewrite.reason = gain.unknown or f"not faster: {gain}"
         return False
 
     def _refuse_tensors(

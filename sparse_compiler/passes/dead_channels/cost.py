@@ -1,4 +1,4 @@
-"""What a smaller layer gains, by the roofline of ``formats/cost.py``."""
+"""What smaller layers gain: their products alone, measured or by the roofline."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from sparse_compiler.formats.cost import LinearProblem, dense_ms
+from sparse_compiler.formats.cost import Comparison, LinearProblem
 from sparse_compiler.formats.pattern import Pattern
+from sparse_compiler.passes.base import Selector
 from sparse_compiler.passes.dead_channels.dims import shape
 from sparse_compiler.passes.dead_channels.group import Group, Layer
 
@@ -19,15 +20,21 @@ _DYNAMIC_ROWS = (1, 16, 128, 1024)
 
 @dataclasses.dataclass(frozen=True)
 class Gain:
-    """Estimated milliseconds before and after, at the number of rows where it helps least."""
+    """Milliseconds before and after, at the number of rows where it helps least."""
 
     before_ms: float
     after_ms: float
     rows: tuple[int, ...] = ()
+    unknown: str = ""
+    measured: bool = False
 
     @property
     def speedup(self) -> float:
         return self.before_ms / self.after_ms if self.after_ms else 1.0
+
+    def __str__(self) -> str:
+        how = "measured" if self.measured else "the roofline model expects"
+        return self.unknown or f"{how} {self.speedup:.2f}x"
 
 
 def rows_of(layer: Layer) -> Any:
@@ -36,20 +43,19 @@ def rows_of(layer: Layer) -> Any:
     return math.prod(sizes) if all(isinstance(size, int) for size in sizes) else None
 
 
-def layer_ms(layer: Layer, rows: int, outs: float = 1.0, ins: float = 1.0) -> float:
-    """Time of a layer of which shares ``outs`` and ``ins`` are left."""
+def compare(
+    selector: Selector, layer: Layer, rows: int, outs: float = 1.0, ins: float = 1.0
+) -> Comparison:
+    """Times of a layer as it is, and of one with shares ``outs`` and ``ins`` of it left."""
     out_features, in_features = layer.matrix_shape
-    out_features, in_features = round(out_features * outs), round(in_features * ins)
-    dtype = layer.weight.meta["val"].dtype
-    problem = LinearProblem(
-        out_features,
-        in_features,
-        (rows,),
-        dtype if dtype is torch.bfloat16 else torch.float32,
-        Pattern((out_features, in_features), out_features * in_features),
-        threads=torch.get_num_threads(),
-    )
-    return dense_ms(problem, rows)
+
+    def problem(outs: float, ins: float) -> LinearProblem:
+        shape = round(out_features * outs), round(in_features * ins)
+        full = Pattern(shape, shape[0] * shape[1])
+        dtype, threads = layer.weight.meta["val"].dtype, torch.get_num_threads()
+        return LinearProblem(*shape, (rows,), dtype, full, threads=threads)
+
+    return selector.compare(problem(1.0, 1.0), problem(outs, ins))
 
 
 def rows_to_judge(layers: list[Layer]) -> tuple[int | None, ...]:
@@ -57,7 +63,7 @@ def rows_to_judge(layers: list[Layer]) -> tuple[int | None, ...]:
     return _DYNAMIC_ROWS if any(rows_of(layer) is None for layer in layers) else (None,)
 
 
-def group_gain(group: Group, removed: torch.Tensor) -> Gain:
+def group_gain(selector: Selector, group: Group, removed: torch.Tensor) -> Gain:
     """The gain of cutting units out of all the group's layers."""
     layers = list({layer.node: layer for layer in (*group.writers, *group.readers)}.values())
     share = 1 - float(removed.float().mean())
@@ -65,15 +71,22 @@ def group_gain(group: Group, removed: torch.Tensor) -> Gain:
     readers = {layer.node for layer in group.readers}
     gains = []
     for dynamic in rows_to_judge(layers):
-        before = after = 0.0
+        found = []
         for layer in layers:
             rows = rows_of(layer)
             count = max(1, rows if rows is not None else dynamic or 1)
             outs = share if layer.node in writers else 1.0
             ins = share if layer.node in readers else 1.0
-            before += layer_ms(layer, count)
-            after += layer_ms(layer, count, outs, ins)
+            found.append(compare(selector, layer, count, outs, ins))
         known = rows_of(layers[0])
         rows_judged = (max(1, known),) if known is not None else (dynamic or 1,)
-        gains.append(Gain(before, after, rows_judged))
-    return min(gains, key=lambda gain: gain.speedup)
+        gains.append(
+            Gain(
+                sum(times.before_ms for times in found),
+                sum(times.after_ms for times in found),
+                rows_judged,
+                next((times.unknown for times in found if times.unknown), ""),
+                all(times.measured for times in found),
+            )
+        )
+    return min(gains, key=lambda gain: (not gain.unknown, gain.speedup))

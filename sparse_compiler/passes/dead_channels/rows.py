@@ -12,8 +12,8 @@ import torch
 from torch import fx
 
 from sparse_compiler.derived import Derived, DoesNotFit, derive, has_version
-from sparse_compiler.passes.base import PassContext, Rewrite
-from sparse_compiler.passes.dead_channels.cost import Gain, layer_ms, rows_of, rows_to_judge
+from sparse_compiler.passes.base import PassContext, Rewrite, Selector
+from sparse_compiler.passes.dead_channels.cost import Gain, compare, rows_of, rows_to_judge
 from sparse_compiler.passes.dead_channels.group import Layer, find_layers
 from sparse_compiler.passes.dead_channels.weights import along
 from sparse_compiler.passes.verify import verifier
@@ -87,24 +87,18 @@ def _consider(
     kept_count = min(count, -(-kept_count // alignment) * alignment)
     removed = torch.zeros(count, dtype=torch.bool)
     removed[dead[len(dead) - (count - kept_count) :]] = True
-    gain = _gain(layer, kept_count / count)
+    gain = _gain(context.selector, layer, kept_count / count)
     rewrite.baseline_ms, rewrite.sparse_ms = gain.before_ms, gain.after_ms
     rewrite.speedup, rewrite.rows = gain.speedup, gain.rows
     if not removed.any() or (not always and gain.speedup < context.options.min_speedup):
-        rewrite.reason = (
-            f"not faster: with the result spread out again, the roofline model expects "
-            f"{gain.speedup:.2f}x"
-        )
+        rewrite.reason = gain.unknown or f"not faster: with the result spread out again, {gain}"
         return
     if context.out_of_fuel():
         rewrite.reason = "options['fuel'] is used up"
         return
     _rewrite(gm, layer, removed, int(dead[0]), dims, static, context, rewrite)
     rewrite.applied, rewrite.format = True, "smaller dense, spread out"
-    rewrite.reason = (
-        f"{int(removed.sum())} of {count} rows are zero and were removed; the roofline model "
-        f"expects {gain.speedup:.2f}x"
-    )
+    rewrite.reason = f"{int(removed.sum())} of {count} rows are zero and were removed; {gain}"
 
 
 def _refuse(layer: Layer, static: StaticValues) -> str | None:
@@ -129,15 +123,16 @@ def _refuse(layer: Layer, static: StaticValues) -> str | None:
     return f"its rows cannot be removed: {reason}" if reason else None
 
 
-def _gain(layer: Layer, share: float) -> Gain:
+def _gain(selector: Selector, layer: Layer, share: float) -> Gain:
     gains = []
     for dynamic in rows_to_judge([layer]):
         known = rows_of(layer)
         rows = max(1, known if known is not None else dynamic or 1)
         spread = rows * layer.matrix_shape[0] * _NANOSECONDS * 1e-6 / torch.get_num_threads()
-        after = layer_ms(layer, rows, share) + spread + _LAUNCH_MS
-        gains.append(Gain(layer_ms(layer, rows), after, (rows,)))
-    return min(gains, key=lambda gain: gain.speedup)
+        times = compare(selector, layer, rows, share)
+        after = times.after_ms + spread + _LAUNCH_MS
+        gains.append(Gain(times.before_ms, after, (rows,), times.unknown, times.measured))
+    return min(gains, key=lambda gain: (not gain.unknown, gain.speedup))
 
 
 def _rewrite(
