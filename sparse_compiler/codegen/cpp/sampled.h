@@ -72,6 +72,23 @@ inline void sample_row(Segment s, const uint16_t* cols, const float* dy_row, con
   }
 }
 
+// Adds one tile's share to the gradients of one n-block.
+template <class E, int R, int LD>
+inline void sample_block(const typename E::T* dy, int64_t ldy, int64_t M, const CsrWeight& w,
+                         int64_t tile, int64_t block, const float* panel, float* dys,
+                         float* dvalues) {
+  const int64_t n0 = block * LD, n1 = std::min(w.N, n0 + LD);
+  const int64_t per_block = num_k_blocks<E>(w) * (LD / R);
+  pack_floats(dy, ldy, M, 64 * tile, n0, n1, dys);
+  std::memset(dys + 64 * (n1 - n0), 0, size_t(64 * 4 * (n0 + LD - n1)));
+  for (int64_t i = block * per_block; i < (block + 1) * per_block; ++i) {
+    const Segment s = w.segments[i];
+    for (int r = 0; r < R; ++r)
+      sample_row<E, R>(s, w.cols, dys + 64 * (s.group * R + r), panel, dvalues + r * E::per_unit,
+                       tile == 0);
+  }
+}
+
 template <class E, int R, int LD>
 void sampled_csr(const typename E::T* dy, int64_t ldy, const typename E::T* x, int64_t ldx,
                  int64_t M, const CsrWeight& w, float* dvalues, int num_threads) {
@@ -87,8 +104,6 @@ void sampled_csr(const typename E::T* dy, int64_t ldy, const typename E::T* x, i
   float* const panels = (float*)memory.get();
 #pragma omp parallel num_threads(num_threads) if (num_threads > 1)
   {
-    const Scratch own = scratch(4 * 64 * LD);
-    float* const dys = (float*)own.get();
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < tiles * chunks; ++i) {
       const int64_t tile = i / chunks, k0 = i % chunks * CHUNK, k1 = std::min(w.K, k0 + CHUNK);
@@ -96,23 +111,17 @@ void sampled_csr(const typename E::T* dy, int64_t ldy, const typename E::T* x, i
       pack_floats(x, ldx, M, 64 * tile, k0, k1, panel + 64 * k0);
       if (k1 == w.K) std::memset(panel + 64 * w.K, 0, 64 * 4);
     }
-    // OpenMP may give fewer threads than were asked for.
-    const int team = omp_get_num_threads(), thread = omp_get_thread_num();
-    const int64_t begin = first_block(w, n_blocks, per_block, thread, team);
-    const int64_t end = first_block(w, n_blocks, per_block, thread + 1, team);
-    for (int64_t tile = 0; tile < tiles; ++tile) {
-      const float* const panel = panels + tile * panel_size;
-      for (int64_t block = begin; block < end; ++block) {
-        const int64_t n0 = block * LD, n1 = std::min(w.N, n0 + LD);
-        pack_floats(dy, ldy, M, 64 * tile, n0, n1, dys);
-        std::memset(dys + 64 * (n1 - n0), 0, size_t(64 * 4 * (n0 + LD - n1)));
-        for (int64_t i = block * per_block; i < (block + 1) * per_block; ++i) {
-          const Segment s = w.segments[i];
-          for (int r = 0; r < R; ++r)
-            sample_row<E, R>(s, w.cols, dys + 64 * (s.group * R + r), panel,
-                             dvalues + r * E::per_unit, tile == 0);
-        }
-      }
+    // A share is one iteration, whoever runs it: OpenMP may give fewer threads than asked for.
+#pragma omp for schedule(static, 1) nowait
+    for (int share = 0; share < num_threads; ++share) {
+      const int64_t begin = first_block(w, n_blocks, per_block, share, num_threads);
+      const int64_t end = first_block(w, n_blocks, per_block, share + 1, num_threads);
+      const Scratch own = scratch(4 * 64 * LD);
+      float* const dys = (float*)own.get();
+      for (int64_t tile = 0; tile < tiles; ++tile)
+        for (int64_t block = begin; block < end; ++block)
+          sample_block<E, R, LD>(dy, ldy, M, w, tile, block, panels + tile * panel_size, dys,
+                                 dvalues);
     }
   }
 }
