@@ -71,9 +71,13 @@ def sparse(
     # Inductor is loaded at the first compilation, not when the backend is named.
     from sparse_compiler.codegen import cpp, inductor, lowerings
 
+    inductor.check_settings(parsed.inductor)
     patches = {**inductor.mode_patches(mode), **parsed.inductor}
     started = time.perf_counter()
-    context = PassContext(parsed, torch.is_grad_enabled(), _selector(parsed))
+    training = torch.is_grad_enabled() and any(
+        isinstance(value, torch.Tensor) and value.requires_grad for value in example_inputs
+    )
+    context = PassContext(parsed, training, _selector(parsed))
     seen = watch(example_inputs)
     record = _rewrite(gm, example_inputs, context)
     record.seconds = time.perf_counter() - started
@@ -138,7 +142,7 @@ def _rewrite(
         return CompiledGraph(gm, gm, context.rewrites)
     before = fx.GraphModule(canonical, _copied(canonical.graph))
     names = context.options.passes
-    manager = PassManager([PASSES[name](context) for name in names if name in PASSES])
+    manager = PassManager([PASSES[name](context) for name in names])
     manager(canonical)
     # The compiled callable knows its graph, and must not keep replaced weights alive.
     for graph_module in (before, canonical):

@@ -26,6 +26,8 @@ from torch.fx.traceback import preserve_node_meta
 from sparse_compiler.autocast import CastingInterpreter, uses_autocast
 from sparse_compiler.errors import CanonicalizationError
 
+_CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
+
 
 def canonicalize(source: Any, *args: Any, **kwargs: Any) -> fx.GraphModule:
     """The canonical graph of a model.
@@ -68,12 +70,26 @@ def canonicalize_dynamo(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx
 
     Dynamo's graph is not touched. The result has the same placeholders in the same order, and
     ``meta["static_inputs"]`` maps the names of those that hold a parameter or a buffer to the
-    real tensor.
+    real tensor; ``meta["with_gradient"]`` has the names of those that require grad.
+
+    Raises:
+        CanonicalizationError: the graph cannot be traced again; the message says why.
     """
     context = TracingContext.get()
     fake_mode = context.fake_mode
     if fake_mode is None:
         raise CanonicalizationError("Dynamo's tracing context has no fake mode.")
+    if any(node.target is _CHECKPOINT for node in gm.graph.nodes):
+        raise CanonicalizationError(
+            "activation checkpointing cannot be traced a second time: compile the checkpointed "
+            "modules themselves, checkpoint(torch.compile(block, backend='sparse'), x)."
+        )
+    for node in gm.graph.find_nodes(op="get_attr"):
+        if isinstance(fetch_attr(gm, str(node.target)), torch.Tensor):
+            raise CanonicalizationError(
+                f"the tensor {node.target} belongs to Dynamo's graph itself, where its changes "
+                "cannot be seen: make it a parameter or a buffer of the model."
+            )
     sources = [node for node in gm.graph.nodes if node.op == "placeholder"]
 
     def fake(value: Any) -> Any:
@@ -90,9 +106,12 @@ def canonicalize_dynamo(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx
     canonical = _retrace(gm, [fake(value) for value in example_inputs], fake_mode)
     static: dict[str, torch.Tensor] = {}
     names: dict[str, str] = {}
+    with_gradient: set[str] = set()
     for old, new, value in zip(sources, _placeholders(canonical), example_inputs, strict=True):
         for key, item in old.meta.items():
             new.meta.setdefault(key, item)
+        if isinstance(value, torch.Tensor) and value.requires_grad:
+            with_gradient.add(new.name)
         dynamo_source = getattr(old, "_dynamo_source", None)
         if dynamo_source is not None:
             new._dynamo_source = dynamo_source
@@ -104,6 +123,7 @@ def canonicalize_dynamo(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx
     canonical.meta.update(gm.meta)
     canonical.meta["static_inputs"] = static
     canonical.meta["static_names"] = names
+    canonical.meta["with_gradient"] = with_gradient
     canonical._param_name_to_source = dict(  # type: ignore[assignment]
         getattr(gm, "_param_name_to_source", None) or {}
     )

@@ -35,9 +35,9 @@ class VerificationError(SparseCompilerError):
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """`` Did you mean 'x'?`` for a mistyped name, or the list of what exists."""
+    """`` Did you mean 'x'?`` for a mistyped name, or the list of what exists if it is short."""
     names = sorted(known)
     close = difflib.get_close_matches(name, names, n=1)
     if close:
         return f" Did you mean {close[0]!r}?"
-    return f" Known: {', '.join(repr(n) for n in names)}."
+    return f" Known: {', '.join(repr(n) for n in names)}." if len(names) <= 20 else ""

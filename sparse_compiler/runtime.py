@@ -3,14 +3,15 @@
 A packed weight is a copy. Before every call each source is compared with what was packed: is it
 the same tensor, at the same version? (Two attribute reads a weight.) If not, it is packed again;
 if the new one does not fit the compiled code, this call and the next ones run Dynamo's own graph,
-dense, and once the weights have stopped changing that graph is compiled anew. Nothing stale is
-ever multiplied.
+dense, and once the weights have stopped changing that graph is compiled anew. ``refresh`` is for
+the few ways of writing that change no version.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from sparse_compiler.derived import Derived, DoesNotFit, has_version
 from sparse_compiler.memory import gathered
@@ -120,6 +122,7 @@ class GuardedCall:
         # Dynamo runs models of one architecture through the same code: one state for each.
         first = self._snapshot(tuple(packed.values()), sources)
         self._states: tuple[_State, ...] = (first,)
+        _watch_fused_optimizers()
         live.add(self)
 
     def __call__(self, *args: Any) -> Any:
@@ -144,7 +147,9 @@ class GuardedCall:
     def _gather(self, names: Sequence[str], packed: dict[str, torch.Tensor]) -> None:
         """Move packed tensors side by side, but for those that the model hands out."""
         ours = [name for name in names if name not in self._exposed_names()]
-        packed.update(zip(ours, gathered([packed[name] for name in ours]), strict=True))
+        # What is made under inference_mode() would have no version.
+        with torch.inference_mode(False):
+            packed.update(zip(ours, gathered([packed[name] for name in ours]), strict=True))
 
     def _exposed_names(self) -> set[str]:
         return {name for item in self._derived if item.exposed for name in item.attributes}
@@ -201,7 +206,7 @@ class GuardedCall:
                 touched = any(id(packed[name]) in written for name in item.attributes)
                 if not touched and not changed & set(positions):
                     continue
-                # What is packed under inference_mode() would have no version itself.
+                # As in `_gather`.
                 with torch.inference_mode(False):
                     value = item.expression.evaluate([args[position] for position in positions])
                     new = item.remake(value)
@@ -209,17 +214,11 @@ class GuardedCall:
                     if tensor.shape != packed[name].shape or tensor.dtype != packed[name].dtype:
                         raise DoesNotFit("it has another shape or dtype")
                     packed[name] = tensor
+            before = zip(self._names, state.packed, strict=True)
+            self._gather([name for name, old in before if packed[name] is not old], packed)
         except Exception as error:
             log.info("%s changed: %s; running dense", target, error)
             return None
-        self._gather(
-            [
-                name
-                for name, old in zip(self._names, state.packed, strict=True)
-                if packed[name] is not old
-            ],
-            packed,
-        )
         log.debug("packed %d changed weights again", len(changed))
         return self._snapshot(tuple(packed.values()), sources)
 
@@ -235,6 +234,19 @@ class GuardedCall:
         if self._settled_calls >= _SETTLED_CALLS:
             log.info("the changed weights have settled: compiling anew")
             self._replacement = self._recompile(self.dense)
+
+
+@functools.cache
+def _watch_fused_optimizers() -> None:
+    """Fused optimizers write to parameters and leave their versions as they were."""
+
+    def bump(optimizer: torch.optim.Optimizer, *_: object) -> None:
+        for group in optimizer.param_groups:
+            if group.get("fused"):
+                written = [p for p in group["params"] if p.grad is not None]
+                torch.autograd.graph.increment_version(written)
+
+    register_optimizer_step_post_hook(bump)
 
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
@@ -256,8 +268,8 @@ live: weakref.WeakSet[GuardedCall] = weakref.WeakSet()
 def refresh(compiled: Any) -> int:
     """Pack a compiled model's weights again at its next call.
 
-    Only needed after edits that leave no trace: ``parameter.data`` is written past the version
-    counter, so ``parameter.data[...] = 0`` cannot be seen. Write ``with torch.no_grad():
+    Only needed after edits that leave no trace, past the version counter: writes through
+    ``parameter.data``, ``parameter.numpy()``, DLPack or the storage. Write ``with torch.no_grad():
     parameter[...] = 0`` instead, and no refresh is needed.
 
     Args:

@@ -424,3 +424,18 @@ def test_two_models_of_one_shape_take_turns_without_packing_again(monkeypatch) -
         monkeypatch.setattr(guarded, "_stale", packs_again)
         for call, model in zip(calls * 2, models * 2, strict=True):
             torch.testing.assert_close(call(x), model(x))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_steps_of_optimizers_are_noticed(fused):
+    """Fused ones do not change versions by themselves."""
+    torch._dynamo.reset()
+    model = nn.Linear(16, 16)
+    torch.nn.utils.prune.random_unstructured(model, "weight", 0.8)
+    function, x = compiled(model), torch.randn(4, 16)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=fused)
+    for _ in range(3):
+        with torch.no_grad():
+            torch.testing.assert_close(function(x), model(x))
+        model(x).square().sum().backward()
+        optimizer.step()

@@ -28,6 +28,7 @@ from torch._inductor.utils import Placeholder, parallel_num_threads, sympy_index
 from torch._inductor.virtualized import ops
 
 from sparse_compiler.codegen import cpp
+from sparse_compiler.errors import OptionError, nearest
 
 
 def compile_graph(
@@ -43,6 +44,18 @@ def mode_patches(mode: str | None) -> dict[str, Any]:
     if mode is None or mode == "default":
         return {}
     return dict(torch._inductor.list_mode_options(mode))
+
+
+def check_settings(settings: Mapping[str, Any]) -> None:
+    """Refuse what Inductor does not know.
+
+    Raises:
+        OptionError: the name of the setting, and those like it.
+    """
+    known = config.get_config_copy()
+    for name in settings:
+        if name not in known:
+            raise OptionError(f"Inductor has no setting {name!r}.{nearest(str(name), known)}")
 
 
 def vector_isa() -> int:
@@ -236,6 +249,8 @@ def lower_kernel(
 
 def _row_major(tensor: Any) -> Any:
     """A matrix whose rows are contiguous, copied if need be; they may be padded or repeated."""
+    if 0 in tensor.get_size():  # views of nothing have no strides
+        tensor = ir.ExternKernel.copy_input(tensor)
     node: Any = ir.ExternKernel.require_stride_order(tensor, [1, 0])
     # A stride order says nothing of steps: x[:, ::2] and an expanded column are in order, too.
     columns, step = node.get_size()[1], node.get_stride()[1]

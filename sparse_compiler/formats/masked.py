@@ -10,7 +10,7 @@ import dataclasses
 
 import torch
 
-from sparse_compiler.formats import csr
+from sparse_compiler.formats import blocking, csr
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +49,8 @@ def pack(
         group: rows that share a column list.
         like: an earlier layout, whose k-blocks are to be used.
     """
+    if max(keeps.shape) > blocking.MAX_UNITS:
+        raise ValueError(f"{tuple(keeps.shape)} is above {blocking.MAX_UNITS}: 16-bit columns")
     structure = (keeps != 0).to(dtype)
     forward, _ = csr.pack(structure, group=group, k_block=like.k_block if like else None)
     backward, _ = csr.pack(structure.t(), k_block=like.transposed_k_block if like else None)

@@ -102,18 +102,16 @@ def _read(node: fx.Node, static: StaticValues) -> MaskedWeight | None:
                 return MaskedWeight(dense, mask, lambda value: value)  # type: ignore[arg-type]
     if node.target in (aten.where.self, aten.where.ScalarOther):
         mask, dense, other = node.args
-        if _fixed(mask, static) and isinstance(dense, fx.Node) and _is_zero(other, static):
+        if _fixed(mask, static) and isinstance(dense, fx.Node) and _is_zero(other):
             return MaskedWeight(dense, mask, lambda value: value)  # type: ignore[arg-type]
-    if node.target is aten.masked_fill.Scalar and _is_zero(node.args[2], static):
+    if node.target is aten.masked_fill.Scalar and _is_zero(node.args[2]):
         dense, mask = node.args[:2]
         if _fixed(mask, static) and isinstance(dense, fx.Node):
             return MaskedWeight(dense, mask, torch.logical_not)  # type: ignore[arg-type]
     return None
 
 
-def _is_zero(value: Any, static: StaticValues) -> bool:
-    if isinstance(value, fx.Node):
-        return False
+def _is_zero(value: Any) -> bool:
     return isinstance(value, (int, float)) and value == 0
 
 

@@ -11,6 +11,7 @@ layers they are read by a kernel of our own, if that is faster. A model without 
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -25,7 +26,7 @@ from sparse_compiler.formats.pattern import Pattern, find_pattern
 from sparse_compiler.ops import linear as _operators  # noqa: F401  registers the operators
 from sparse_compiler.passes.base import Pass, Rewrite, module_path
 from sparse_compiler.passes.contraction import Contraction, find_contractions
-from sparse_compiler.passes.masked_linear import find_mask, rewrite_masked
+from sparse_compiler.passes.masked_linear import MaskedWeight, find_mask, rewrite_masked
 from sparse_compiler.passes.verify import verifier
 from sparse_compiler.region import Builder, Region, replace_region
 from sparse_compiler.static import StaticExpression, StaticValues
@@ -45,6 +46,7 @@ class SparseLinear(Pass):
     def run(self, gm: fx.GraphModule) -> None:
         """Find, check, rewrite."""
         static = StaticValues(gm, training=self.context.training)
+        self._with_gradient = descendants(gm)
         full: list[_Candidate] = []
         any_sparse = False
         for layer in find_contractions(gm, static):
@@ -54,8 +56,9 @@ class SparseLinear(Pass):
             any_sparse |= candidate.rewrite.applied
             if candidate.may_stream:
                 full.append(candidate)
-        if any_sparse:
-            for candidate in full:
+        if any_sparse and not self.context.training:
+            # Backwards: a layer's input is then still the node that was found.
+            for candidate in reversed(full):
                 self._attempt(self._stream, gm, candidate, static)
 
     def _attempt(
@@ -107,7 +110,10 @@ class SparseLinear(Pass):
             assert mask is not None
             pattern = find_pattern(masked.keeps(layer, mask))
             rewrite.sparsity, rewrite.pattern = pattern.sparsity, pattern.name
-        refusal = _refuse_pattern(pattern)
+        elif self.context.training and layer.x in self._with_gradient:
+            # Its own zeros are its mask: the gradient of its input is a sparse product, too.
+            masked = MaskedWeight(layer.weight, layer.weight, lambda weight: weight != 0)
+        refusal = _refuse_pattern(pattern, trained=masked is not None)
         if refusal:
             rewrite.reason = refusal
             return
@@ -156,7 +162,13 @@ class SparseLinear(Pass):
         dtype = layer.weight.meta["val"].dtype
         problem = problem_of(layer, candidate.pattern, dtype, training=False)
         decision = self.context.selector.choose(problem, static.value(layer.weight))  # type: ignore[arg-type]
-        if decision.format is None or self.context.out_of_fuel():
+        rewrite.rows, rewrite.speedup = problem.rows, decision.speedup
+        rewrite.baseline_ms, rewrite.sparse_ms = decision.baseline_ms, decision.sparse_ms
+        rewrite.reason += f"; {decision.reason}"
+        if decision.format is None:
+            return
+        if self.context.out_of_fuel():
+            rewrite.reason += "; options['fuel'] is used up"
             return
 
         def build(builder: Builder, *inputs: fx.Node) -> fx.Node:
@@ -172,10 +184,7 @@ class SparseLinear(Pass):
             verify=verifier(gm, static, self.context, rewrite.target),
             fresh=True,
         )
-        rewrite.applied, rewrite.format, rewrite.rows = True, decision.format, problem.rows
-        rewrite.reason = f"{decision.reason}; {rewrite.reason}"
-        rewrite.speedup, rewrite.baseline_ms = decision.speedup, decision.baseline_ms
-        rewrite.sparse_ms = decision.sparse_ms
+        rewrite.applied, rewrite.format = True, decision.format
 
 
 @dataclasses.dataclass
@@ -240,13 +249,28 @@ def _remake(layer: Contraction, packed: Packed) -> Remake:
     return remake
 
 
+def descendants(gm: fx.GraphModule) -> set[fx.Node]:
+    """Nodes that depend on an input that requires grad; on any input where that is not known."""
+    sources = gm.meta.get("with_gradient")
+    found: set[fx.Node] = set()
+    for node in gm.graph.nodes:
+        if node.op == "placeholder":
+            inside = sources is None or node.name in sources
+        else:
+            inside = any(source in found for source in node.all_input_nodes)
+        if inside:
+            found.add(node)
+    return found
+
+
 def layer_name(layer: Contraction, static: StaticValues) -> str:
     """The module's path, from the weight's name: ``layers.0.mlp.up_proj``."""
     expression = static.expression(layer.weight)
     assert expression is not None
     names = [static.name(leaf) for leaf in expression.leaves]
     name = next((name for name in names if "mask" not in name), layer.node.name)
-    for suffix in (".weight", ".weight_orig", ".original", ".parametrizations"):
+    name = re.sub(r"\.original\d*$", "", name)
+    for suffix in (".weight", ".weight_orig", ".parametrizations"):
         name = name.removesuffix(suffix)
     return name.replace(".parametrizations.weight", "") or module_path(layer.node, name)
 
@@ -288,12 +312,16 @@ def _refuse_conversion(layer: Contraction) -> str | None:
     return f"{layer.node.target} converts its operands: {names[0]} times {names[1]} is {names[2]}"
 
 
-def _refuse_pattern(pattern: Pattern) -> str | None:
-    in_features = pattern.shape[1]
+def _refuse_pattern(pattern: Pattern, *, trained: bool) -> str | None:
+    out_features, in_features = pattern.shape
     if pattern.sparsity < LEAST_SPARSITY:
         return f"{pattern.sparsity:.0%} zeros are too few for any format to pay"
     if in_features > MAX_UNITS:
         return f"in_features {in_features} is above {MAX_UNITS}, which 16-bit columns can name"
+    if trained and out_features > MAX_UNITS:
+        return f"out_features {out_features} is above {MAX_UNITS}, which 16-bit columns can name"
+    if trained and out_features * in_features >= 2**31 - 2**10:
+        return "it has more than 2**31 weights, which 32-bit positions cannot name"
     if pattern.nonzeros >= 2**31 - 2**10:
         return "more than 2**31 weights are kept, which 32-bit positions cannot name"
     return None

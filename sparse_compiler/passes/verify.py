@@ -36,15 +36,26 @@ def verifier(
         actual = _run(created, dict(values), results)
         for want, got in zip(expected, actual, strict=True):
             bound = _BOUND.get(want.dtype, 1e-6)
-            error = (want.double() - got.double()).abs().max() if want.numel() else torch.zeros(())
-            scale = want.double().abs().max().clamp(min=1e-6) if want.numel() else torch.ones(())
-            if not bool(error <= bound * scale):
+            finite = want.isfinite()
+            same = torch.equal(_special(want), _special(got))
+            error = _largest((want.double() - got.double())[finite]) if same else torch.inf
+            scale = max(_largest(want.double()[finite]), 1e-6)
+            if not error <= bound * scale:
                 raise VerificationError(
-                    f"{target}: the rewrite differs from the original by {float(error):.3g} where "
-                    f"the largest value is {float(scale):.3g}. Please report this, with the model."
+                    f"{target}: the rewrite differs from the original by {error:.3g} where "
+                    f"the largest value is {scale:.3g}. Please report this, with the model."
                 )
 
     return verify
+
+
+def _special(values: torch.Tensor) -> torch.Tensor:
+    """0 for finite values, and another number each for NaN and the two infinities."""
+    return torch.where(values.isnan(), 3.0, torch.where(values.isinf(), values.sign(), 0.0))
+
+
+def _largest(values: torch.Tensor) -> float:
+    return float(values.abs().max()) if values.numel() else 0.0
 
 
 def _inputs(nodes: Sequence[fx.Node]) -> list[fx.Node]:

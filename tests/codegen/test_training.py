@@ -27,7 +27,8 @@ def gradients(function, model, x):
     x = x.clone().requires_grad_()
     y = function(x)
     y.square().mean().backward()
-    return [y.detach(), x.grad, *(p.grad.clone() for p in model.parameters())]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return [y.detach(), x.grad, *(p.grad.clone() for p in trained)]
 
 
 @pytest.mark.parametrize(
@@ -79,3 +80,22 @@ def test_training_steps_agree_with_dense_training():
             optimizer.step()
     for a, b in zip(sparse.parameters(), dense.parameters(), strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("density", [0.2, 0.5])
+def test_gradients_through_frozen_sparse_layers(density):
+    torch._dynamo.reset()
+    frozen = nn.Linear(48, 64)
+    frozen.weight.data *= torch.rand(64, 48) < density
+    frozen.requires_grad_(False)
+    model = nn.Sequential(nn.Linear(48, 48), frozen)
+    x = torch.randn(9, 48)
+    with listening() as records:
+        found = gradients(compiled(model), model, x)[:4]
+    exact = copy.deepcopy(model).double()
+    expected = gradients(exact, exact, x.double())[:4]
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-6)
+    assert [r.format for r in records[0].rewrites if r.kind == "linear"] == ["dense", "csr"]
+    targets = {str(node.target) for node in records[0].after.graph.nodes}
+    assert "sparse_compiler.masked_linear_csr.default" in targets

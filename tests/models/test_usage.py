@@ -409,3 +409,46 @@ def test_local_and_global_mutation_checks_agree():
     (relu,) = [n for n in gm.graph.nodes if n.target is torch.ops.aten.relu.default]
     assert "written to in place" in str(Region.of([doubled]).why_not_movable())
     assert Region.of([relu]).why_not_movable() is None
+
+
+def test_nothing_in_and_nothing_out():
+    layer = nn.Linear(64, 64)
+    layer.weight.data *= torch.rand(64, 64) < 0.1
+    for shape in ((0, 64), (2, 0, 64), (2, 0, 3, 64)):
+        torch._dynamo.reset()
+        with torch.no_grad():
+            assert sparse(layer)(torch.randn(shape)).shape == shape
+
+
+@pytest.mark.slow
+def test_the_cpp_wrapper():
+    """Inductor puts all kernels of a graph into one file."""
+    torch._dynamo.reset()
+    model = nn.Sequential(nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 64))
+    for layer in (model[0], model[2]):
+        layer.weight.data *= torch.rand_like(layer.weight) < 0.2
+    x = torch.randn(5, 64)
+    with torch.no_grad():
+        options = {**ALWAYS, "inductor": {"cpp_wrapper": True}}
+        found = torch.compile(model, backend="sparse", options=options)(x)
+        torch.testing.assert_close(found, model(x))
+
+
+def test_an_unknown_setting_of_inductor():
+    options = {"inductor": {"max_autotun": True}}
+    graph = torch.fx.symbolic_trace(nn.Linear(4, 4))
+    with pytest.raises(sparse_compiler.OptionError, match="no setting 'max_autotun'"):
+        backend.sparse(graph, [], options=options)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_checkpointed_blocks_stay_dense_and_say_why(records):
+    layer = nn.Linear(16, 16)
+    layer.weight.data *= torch.rand(16, 16) < 0.2
+
+    def forward(x):
+        return torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False)
+
+    x = torch.randn(4, 16, requires_grad=True)
+    torch.testing.assert_close(sparse(forward)(x), layer(x))
+    assert "activation checkpointing cannot be traced" in records[0].rewrites[0].reason

@@ -237,3 +237,9 @@ def test_a_mask_of_equal_density_fits_the_old_layout(seed, block):
     new = pack(other.float(), places, torch.float32, group=block, like=old)
     for name, tensor in new.tensors.items():
         assert tensor.shape == old.tensors[name].shape and tensor.dtype == old.tensors[name].dtype
+
+
+def test_what_16_bit_columns_cannot_name_stays_dense():
+    model = nn.Sequential(Masked(torch.rand(70000, 8) < 0.2, "product"))
+    _, (rewrite,) = sparsify(sc.canonicalize(model, torch.randn(2, 8)), training=True)
+    assert rewrite.reason == "out_features 70000 is above 65535, which 16-bit columns can name"

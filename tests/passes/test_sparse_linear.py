@@ -202,3 +202,12 @@ def test_verify_accepts_what_is_right(shape):
         warnings.simplefilter("error", UserWarning)
         _, (rewrite,) = sparsified(model, x, verify=True)
     assert rewrite.applied
+
+
+def test_verify_knows_that_nan_equals_nan():
+    weight = pruned(8, 8, 0.5)
+    weight[0, 0], weight[1, 1] = float("nan"), float("inf")
+    model = nn.Linear(8, 8)
+    model.weight.data = weight
+    _, (rewrite,) = sparsified(model, torch.randn(3, 8), verify=True)
+    assert rewrite.applied

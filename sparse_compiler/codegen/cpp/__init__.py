@@ -100,8 +100,15 @@ def move_kernel(name: str, *arguments: str) -> Kernel:
 
 @functools.cache
 def headers(name: str) -> str:
-    """The text of the headers that a kernel needs, in order."""
-    return "\n".join((_HERE / f"{header}.h").read_text() for header in _HEADERS[name])
+    """The text of the headers that a kernel needs, in order.
+
+    Each is guarded: with Inductor's C++ wrapper all kernels of a graph are one file.
+    """
+    return "\n".join(
+        f"#ifndef SC_{header.upper()}_H\n#define SC_{header.upper()}_H\n"
+        f"{(_HERE / f'{header}.h').read_text()}#endif"
+        for header in _HEADERS[name]
+    )
 
 
 @functools.cache
