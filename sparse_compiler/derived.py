@@ -89,6 +89,10 @@ def _only(remake: Remake, places: Sequence[int]) -> Remake:
     return some
 
 
+# Other classes of tensors may be computed with in ways nobody here knows.
+PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
 def has_version(tensor: torch.Tensor) -> bool:
     """Whether changes to a tensor can be seen: inference tensors have no version counter."""
     return not tensor.is_inference()

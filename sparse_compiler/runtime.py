@@ -21,7 +21,7 @@ import torch
 from torch import fx
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from sparse_compiler.derived import Derived, DoesNotFit, has_version
+from sparse_compiler.derived import PLAIN, Derived, DoesNotFit, has_version
 from sparse_compiler.memory import gathered
 from sparse_compiler.passes.base import log
 
@@ -197,7 +197,7 @@ class GuardedCall:
         target = "a weight"
         try:
             weights = [args[position] for position in self._positions]
-            if not all(type(w) in _PLAIN and has_version(w) for w in weights):
+            if not all(type(w) in PLAIN and has_version(w) for w in weights):
                 raise DoesNotFit("it has become a tensor whose changes cannot be seen")
             sources = self._sources(args)  # before their values are read
             for item in self._derived:
@@ -249,15 +249,12 @@ def _watch_fused_optimizers() -> None:
     register_optimizer_step_post_hook(bump)
 
 
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
-
-
 def watch(args: Sequence[Any]) -> dict[int, Source]:
     """Every argument of a graph that a guarded call could be packed from, by position."""
     return {
         position: Source(position, value)
         for position, value in enumerate(args)
-        if type(value) in _PLAIN and value.layout is torch.strided and has_version(value)
+        if type(value) in PLAIN and value.layout is torch.strided and has_version(value)
     }
 
 

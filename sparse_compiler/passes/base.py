@@ -31,7 +31,7 @@ class Rewrite:
     """One candidate, what was decided about it, and why.
 
     Attributes:
-        kind: ``"linear"``, ``"dead_channels"`` or ``"constant"``.
+        kind: ``"linear"``, ``"dead_channels"``, ``"constant"``, or ``"graph"`` for one left alone.
         target: path of the weight's module in the user's model, such as ``layers.0.mlp.up_proj``.
         shape: out_features, in_features.
         rows: rows of the input (batch times sequence) the decision was made for.

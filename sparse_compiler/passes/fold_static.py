@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from sparse_compiler.derived import derive, has_version
+from sparse_compiler.derived import PLAIN, derive, has_version
 from sparse_compiler.passes.base import Pass, Rewrite
 from sparse_compiler.region import Builder, Region, replace_region
 from sparse_compiler.static import StaticValues
@@ -35,7 +35,7 @@ class FoldStatic(Pass):
             leaves = static.leaf_values(expression)
             if not isinstance(node.meta["val"], torch.Tensor):
                 continue
-            if not all(has_version(leaf) and type(leaf) in _PLAIN for leaf in leaves):
+            if not all(has_version(leaf) and type(leaf) in PLAIN for leaf in leaves):
                 continue
             name = " and ".join(static.name(leaf) for leaf in expression.leaves)
             rewrite = Rewrite("constant", name, tuple(node.meta["val"].shape))
@@ -74,6 +74,3 @@ class FoldStatic(Pass):
         )
         rewrite.applied, rewrite.format = True, "constant"
         rewrite.reason = "parameters and buffers alone decide it: computed once"
-
-
-_PLAIN = (torch.Tensor, torch.nn.Parameter)

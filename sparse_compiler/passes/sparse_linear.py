@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from sparse_compiler.derived import Remake, derive, fitted, has_version
+from sparse_compiler.derived import PLAIN, Remake, derive, fitted, has_version
 from sparse_compiler.formats import bitmap, csr
 from sparse_compiler.formats.blocking import MAX_UNITS
 from sparse_compiler.formats.cost import GEMV_ROWS, LEAST_SPARSITY, LinearProblem
@@ -294,7 +294,7 @@ def refuse_tensor(value: torch.Tensor) -> str | None:
 
 def _refuse_leaves(static: StaticValues, expression: StaticExpression) -> str | None:
     for tensor in static.leaf_values(expression):
-        if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
+        if type(tensor) not in PLAIN:
             return f"the weight is a {type(tensor).__name__}, a tensor subclass: not looked into"
         if not has_version(tensor):
             return (

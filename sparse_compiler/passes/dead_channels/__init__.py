@@ -21,9 +21,9 @@ What is exact:
 - Changed weights: the cut is made again as long as every removed channel is still dead.
 
 A single layer with zero rows whose result is needed in full computes the others and is spread out
-by an index, where the roofline says that this is worth the copy.
+by an index, where the gain is worth the copy.
 
-Training graphs are left alone: a trainable weight that merely contains zeros stays dense.
+Trainable weights are left alone: that they contain zeros may be an accident.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from sparse_compiler.derived import has_version
+from sparse_compiler.derived import PLAIN, has_version
 from sparse_compiler.passes.base import Pass, Rewrite
 from sparse_compiler.passes.dead_channels.cost import Gain, group_gain
 from sparse_compiler.passes.dead_channels.cover import Witnesses, find_dead
@@ -49,7 +49,6 @@ from sparse_compiler.static import StaticValues
 LEAST_SHARE = 0.02
 # Matrix products work in vectors and tiles: kept channels are filled up to a multiple of this.
 ALIGNMENT = 16
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
 
@@ -106,7 +105,7 @@ class DeadChannels(Pass):
         if key not in self._zeros:
             value = static.value(weight)
             assert value is not None
-            if type(value) in _PLAIN and value.layout is torch.strided:
+            if type(value) in PLAIN and value.layout is torch.strided:
                 self._zeros[key] = zero_slices(value, dim)
             else:
                 self._zeros[key] = torch.zeros(weight.meta["val"].shape[dim], dtype=torch.bool)
@@ -249,7 +248,7 @@ class DeadChannels(Pass):
             expression = static.expression(node)
             assert expression is not None
             for tensor in static.leaf_values(expression):
-                if type(tensor) not in _PLAIN:
+                if type(tensor) not in PLAIN:
                     return f"a weight is a {type(tensor).__name__}, a tensor subclass"
                 if not has_version(tensor):
                     return (

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import fx
 
-from sparse_compiler.derived import Derived, DoesNotFit, derive, has_version
+from sparse_compiler.derived import PLAIN, Derived, DoesNotFit, derive, has_version
 from sparse_compiler.passes.base import PassContext, Rewrite, Selector
 from sparse_compiler.passes.dead_channels.cost import Gain, compare, rows_of, rows_to_judge
 from sparse_compiler.passes.dead_channels.group import Layer, find_layers
@@ -112,7 +112,7 @@ def _refuse(layer: Layer, static: StaticValues) -> str | None:
     for node in (layer.weight, layer.bias):
         expression = static.expression(node) if node is not None else None
         for tensor in static.leaf_values(expression) if expression is not None else ():
-            if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
+            if type(tensor) not in PLAIN:
                 return f"a weight is a {type(tensor).__name__}, a tensor subclass"
             if not has_version(tensor):
                 return (
