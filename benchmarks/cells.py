@@ -56,6 +56,7 @@ def quick_cells() -> Iterator[Cell]:
     yield from grid([main], ["fp32"], free, (0, 50, 80, 90, 95), (1, 16, 64, 512))
     yield from grid([main], ["fp32"], free, (80,), (4,))
     yield from grid([main], ["fp32"], free, (90,), (2048,))
+    yield from grid([main], ["fp32"], free, (98,), (1, 64))
     yield from grid([main], ["fp32"], ["2:4"], (), (1, 16, 64))
     yield from grid([main], DTYPES, ["16x16", "64x64"], (90,), (64, 512))
     yield from grid([main], ["fp32"], ["4x1"], (80,), (64,))

@@ -186,6 +186,11 @@ class KernelTemplate(CppTemplate):
 
         nodes = dict(zip(self.kernel.inputs, self.input_nodes, strict=True))
         x = nodes["X"]
+
+        def start(name: str) -> str:
+            # The argument is the whole buffer, of which the input may be a view with an offset.
+            return f"(&{kernel.index(nodes[name], [0] * len(nodes[name].get_size()))})"
+
         return _template(self.kernel.template).render(
             kernel=kernel,
             header=self.header().getvalue(),
@@ -194,6 +199,7 @@ class KernelTemplate(CppTemplate):
             name=self.kernel.name,
             inputs=nodes,
             nodes=nodes,
+            start=start,
             Y=output,
             product=product,
             aliases={alias: output.get_name() for alias in aliases},

@@ -452,3 +452,35 @@ def test_checkpointed_blocks_stay_dense_and_say_why(records):
     x = torch.randn(4, 16, requires_grad=True)
     torch.testing.assert_close(sparse(forward)(x), layer(x))
     assert "activation checkpointing cannot be traced" in records[0].rewrites[0].reason
+
+
+@pytest.mark.parametrize("density", [0.15, 0.5], ids=["csr", "bitmap"])
+@pytest.mark.parametrize("train", [False, True])
+def test_inputs_that_begin_inside_another_tensor(density, train):
+    """Slices of inputs and of what a kernel just wrote; likewise of gradients and of weights."""
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    first, second, full = nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 96)
+    for layer in (first, second):
+        prune.custom_from_mask(layer, "weight", torch.rand(64, 64) < density)
+
+    def forward(x):
+        hidden = first(x)
+        parts = (hidden[:, 3:5], hidden[:, 2], hidden[1], x[1, 2:3], hidden[-1, -1:])
+        heads = F.linear(parts[-1], full.weight[32:], full.bias[32:])
+        return hidden, *(second(part) for part in parts), heads
+
+    x = torch.randn(4, 8, 64)
+    parameters = [first.weight_orig, second.weight_orig, full.weight]
+
+    def results(function):
+        if not train:
+            with torch.no_grad():
+                return function(x)
+        found = function(x)
+        loss = sum((y * torch.linspace(0, 1, y.numel()).view_as(y)).sum() for y in found)
+        return [*found, *torch.autograd.grad(loss, parameters)]
+
+    got = results(sparse(forward))
+    for have, want in zip(got, results(forward), strict=True):
+        torch.testing.assert_close(have, want, rtol=1e-4, atol=1e-4)
