@@ -113,7 +113,7 @@ class SparseLinear(Pass):
         elif self.context.training and layer.x in self._with_gradient:
             # Its own zeros are its mask: the gradient of its input is a sparse product, too.
             masked = MaskedWeight(layer.weight, layer.weight, lambda weight: weight != 0)
-        refusal = _refuse_pattern(pattern, trained=masked is not None)
+        refusal = refuse_pattern(pattern, trained=masked is not None)
         if refusal:
             rewrite.reason = refusal
             return
@@ -312,7 +312,8 @@ def _refuse_conversion(layer: Contraction) -> str | None:
     return f"{layer.node.target} converts its operands: {names[0]} times {names[1]} is {names[2]}"
 
 
-def _refuse_pattern(pattern: Pattern, *, trained: bool) -> str | None:
+def refuse_pattern(pattern: Pattern, *, trained: bool) -> str | None:
+    """Why no format can hold such a weight, or would pay, or None."""
     out_features, in_features = pattern.shape
     if pattern.sparsity < LEAST_SPARSITY:
         return f"{pattern.sparsity:.0%} zeros are too few for any format to pay"

@@ -484,3 +484,16 @@ def test_inputs_that_begin_inside_another_tensor(density, train):
     got = results(sparse(forward))
     for have, want in zip(got, results(forward), strict=True):
         torch.testing.assert_close(have, want, rtol=1e-4, atol=1e-4)
+
+
+def test_tensors_that_are_no_inputs_of_the_graph(records):
+    weight = linear().weight.requires_grad_(False)
+    torch._dynamo.mark_static_address(weight, guard=True)
+
+    def forward(x):
+        return F.linear(x, weight)
+
+    x = torch.randn(3, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(sparse(forward)(x), forward(x))
+    assert "belongs to Dynamo's graph itself" in records[0].rewrites[0].reason

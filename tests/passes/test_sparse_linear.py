@@ -11,8 +11,9 @@ import sparse_compiler as sc
 from sparse_compiler.errors import PassError
 from sparse_compiler.formats import bitmap, csr
 from sparse_compiler.formats.cost import Decision
+from sparse_compiler.formats.pattern import Pattern
 from sparse_compiler.passes import PassContext, PassManager, SparseLinear
-from sparse_compiler.passes.sparse_linear import refuse_tensor
+from sparse_compiler.passes.sparse_linear import refuse_pattern, refuse_tensor
 
 
 def layer(weight: torch.Tensor, requires_grad: bool = True) -> nn.Module:
@@ -211,3 +212,28 @@ def test_verify_knows_that_nan_equals_nan():
     model.weight.data = weight
     _, (rewrite,) = sparsified(model, torch.randn(3, 8), verify=True)
     assert rewrite.applied
+
+
+@pytest.mark.parametrize(
+    ("shape", "nonzeros", "trained", "reason"),
+    [
+        ((8, 70000), 100, False, "in_features 70000 is above 65535, which 16-bit columns can name"),
+        ((70000, 8), 100, False, None),
+        ((70000, 8), 100, True, "out_features 70000 is above 65535, which 16-bit columns can name"),
+        (
+            (65000, 65000),
+            100,
+            True,
+            "it has more than 2**31 weights, which 32-bit positions cannot name",
+        ),
+        (
+            (2**18, 65000),
+            2**31,
+            False,
+            "more than 2**31 weights are kept, which 32-bit positions cannot name",
+        ),
+        ((64, 64), 3700, False, "10% zeros are too few for any format to pay"),
+    ],
+)
+def test_patterns_that_no_format_can_hold(shape, nonzeros, trained, reason):
+    assert refuse_pattern(Pattern(shape, nonzeros), trained=trained) == reason
