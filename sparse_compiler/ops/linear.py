@@ -4,7 +4,7 @@ The bodies here are the operators' meaning and their oracle: unpack, then multip
 runs them; it lowers the operators to kernels (``codegen``). Each takes a ``digest`` of the kernel
 sources, which puts the kernels' version into Inductor's cache keys.
 
-- ``linear_dense``: a weight without zeros and at most 4 rows; has no gradient.
+- ``linear_dense``: a weight without zeros and at most 4 rows. Its gradients are dense.
 - ``linear_csr``, ``linear_bitmap``: fixed weights. The gradient for x is the dense one.
 - ``masked_linear_csr``: trainable weights under a mask. It takes the mask's transposed layout, so
   that the gradient for x is a sparse product too, and the gradient for the values is computed at
@@ -221,6 +221,13 @@ def _restore(ctx: Any) -> list[Any]:
     return [next(tensors) if item is None else item for item in ctx.literals]
 
 
+def _linear_dense_backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+    x, weight, _ = _restore(ctx)
+    grad_x = torch.mm(grad, weight) if ctx.needs_input_grad[0] else None
+    grad_weight = torch.mm(grad.t(), x) if ctx.needs_input_grad[1] else None
+    return grad_x, grad_weight, None
+
+
 def _linear_csr_backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
     _, values, columns, segments, out_features, in_features, group, _, _ = _restore(ctx)
     weight = csr.unpack(
@@ -292,6 +299,7 @@ def _take_save(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
 
 
 for _name, _backward, _save in (
+    ("linear_dense", _linear_dense_backward, _save_inputs),
     ("linear_csr", _linear_csr_backward, _save_inputs),
     ("linear_bitmap", _linear_bitmap_backward, _save_inputs),
     ("masked_linear_csr", _masked_linear_csr_backward, _save_inputs),

@@ -90,3 +90,13 @@ def test_the_gradient_for_x_is_the_dense_one(group):
         x.grad = None
         y.backward(grad)
         torch.testing.assert_close(x.grad, again.grad)
+
+
+def test_gradients_of_a_streamed_dense_weight():
+    weight, x, grad = torch.randn(20, 12), torch.randn(3, 12), torch.randn(3, 20)
+    found = [t.clone().requires_grad_() for t in (x, weight)]
+    exact = [t.double().requires_grad_() for t in (x, weight)]
+    ops.linear_dense(*found).backward(grad)
+    torch.nn.functional.linear(*exact).backward(grad.double())
+    for a, b in zip(found, exact, strict=True):
+        torch.testing.assert_close(a.grad.double(), b.grad, rtol=1e-5, atol=1e-5)

@@ -97,7 +97,8 @@ def compare(model, x, atol=1e-4, rtol=1e-4):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_gradients_in_training(name):
-    compare(layers()[name], torch.randn(5, 12))
+    rewrite = compare(layers()[name], torch.randn(5, 12))
+    assert rewrite.format == "csr" and rewrite.shape == (20, 12)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -125,12 +126,15 @@ def test_gradients_of_any_layer(lead, in_features, out_features, density, how, b
     mask = keep(out_features, in_features, density, block, seed)
     if mask.float().mean() > 0.65:
         mask.zero_()
-    compare(Masked(mask, how, bias), torch.randn(*lead, in_features))
+    rewrite = compare(Masked(mask, how, bias), torch.randn(*lead, in_features))
+    assert rewrite.shape == (out_features, in_features)
+    assert rewrite.sparsity == pytest.approx(1 - float(mask.float().mean()), abs=1e-6)
 
 
 def test_gradients_in_bfloat16():
     model = Masked(keep(40, 33, 0.3), "product", dtype=torch.bfloat16)
-    compare(model, torch.randn(6, 33).bfloat16(), atol=0.1, rtol=0.05)
+    rewrite = compare(model, torch.randn(6, 33).bfloat16(), atol=0.1, rtol=0.05)
+    assert (rewrite.format, rewrite.dtype) == ("csr", "bfloat16")
 
 
 def test_gpt2s_transposed_weight():
@@ -143,7 +147,8 @@ def test_gpt2s_transposed_weight():
         def forward(self, x):
             return x @ (self.weight * self.mask)
 
-    compare(Conv1D(), torch.randn(2, 3, 12))
+    rewrite = compare(Conv1D(), torch.randn(2, 3, 12))
+    assert rewrite.shape == (20, 12)
 
 
 @pytest.mark.parametrize(
@@ -172,7 +177,8 @@ def test_one_cast_as_under_autocast():
             return torch.nn.functional.linear(x.bfloat16(), weight).float()
 
     model = Model(keep(20, 12, 0.4), "product", bias=False)
-    compare(model, torch.randn(5, 12), atol=0.1, rtol=0.05)
+    rewrite = compare(model, torch.randn(5, 12), atol=0.1, rtol=0.05)
+    assert (rewrite.format, rewrite.dtype) == ("csr", "bfloat16")
 
 
 def test_block_masks_use_blocks():
