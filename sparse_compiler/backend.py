@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor
 
 from sparse_compiler.canonical import canonicalize_dynamo
 from sparse_compiler.errors import CanonicalizationError, UnsupportedError
@@ -94,7 +95,7 @@ def sparse(
             compiled,
             gm,
             packed,
-            after.meta["derived"],
+            after.meta.get("derived", ()),
             inputs[: len(example_inputs)],
             seen,
             lambda dense: torch.compile(
@@ -140,6 +141,12 @@ def _rewrite(
         context.rewrites.append(rewrite)
         context.failed(rewrite, error)
         return CompiledGraph(gm, gm, context.rewrites)
+    placeholders = canonical.graph.find_nodes(op="placeholder")
+    canonical.meta["example_inputs"] = {
+        node.name: value
+        for node, value in zip(placeholders, example_inputs, strict=True)
+        if isinstance(value, torch.Tensor) and not isinstance(value, FakeTensor)
+    }
     before = fx.GraphModule(canonical, _copied(canonical.graph))
     names = context.options.passes
     manager = PassManager([PASSES[name](context) for name in names])
@@ -147,6 +154,7 @@ def _rewrite(
     # The compiled callable knows its graph, and must not keep replaced weights alive.
     for graph_module in (before, canonical):
         graph_module.meta["static_inputs"] = {}
+        graph_module.meta.pop("example_inputs", None)
     for rewrite in context.rewrites:
         log.info("%s %s: %s", rewrite.kind, rewrite.target, rewrite.reason)
     return CompiledGraph(before, canonical, context.rewrites)

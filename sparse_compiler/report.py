@@ -151,6 +151,8 @@ def _table(rewrites: Sequence[Rewrite]) -> list[str]:
         name = re.sub(r"(?<![A-Za-z])\d+", "*", item.target)
         reason = re.sub(r"\d+\.\d+", "*", item.reason)
         pattern = re.sub(r"^\d+ ", "", item.pattern or "-")  # "14 zero rows"
+        if item.spelling:
+            pattern += f" [{item.spelling}]"
         key = (item.kind, name, item.shape, item.rows, item.format, pattern, reason)
         groups.setdefault(key, []).append(item)
     rows = [_HEADINGS, *(_row(key[1], key[5], group) for key, group in groups.items())]
@@ -163,7 +165,7 @@ def _table(rewrites: Sequence[Rewrite]) -> list[str]:
 
 def _row(name: str, pattern: str, group: list[Rewrite]) -> tuple[str, ...]:
     first = group[0]
-    if len({item.pattern for item in group}) == 1:
+    if len({item.pattern for item in group}) == 1 and not first.spelling:
         pattern = first.pattern or "-"
 
     def mean(attribute: str, form: str) -> str:

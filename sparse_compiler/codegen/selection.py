@@ -8,6 +8,7 @@ on disk by everything that decides them, and equal layers are measured once.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import math
@@ -20,11 +21,12 @@ from pathlib import Path
 
 import torch
 
-from sparse_compiler.codegen import cpp, inductor, native
+from sparse_compiler.codegen import attention_timing, cpp, inductor, native
 from sparse_compiler.formats import bitmap, csr, masked
 from sparse_compiler.formats.cost import Comparison, Decision, LinearProblem, candidates
 from sparse_compiler.memory import gathered
 from sparse_compiler.passes.base import log
+from sparse_compiler.score.cost import AttentionProblem
 
 # Bytes of weights to cycle through, beyond the caches of common processors.
 _COLD_BYTES = 80 * 2**20
@@ -94,6 +96,36 @@ class MeasuringSelector:
             self._budget -= seconds
             _cache().put(key, found)
         return Comparison(*found, measured=True)
+
+    def attend(self, problem: AttentionProblem) -> Decision:
+        """See ``Selector``."""
+        key = _attention_key(problem)
+        found = _cache().get(key)
+        if found is None:
+            if self._budget <= 0:
+                return Decision(None, _NO_TIME)
+            dense, sparse, scale = attention_timing.contestants(problem)
+            (before, after), seconds = _race([dense], [sparse])
+            found = before * scale, after
+            self._budget -= seconds
+            _cache().put(key, found)
+        ratio = found[0] / found[1]
+        reason = f"measured {ratio:.2f}x at {problem.queries} queries and {problem.keys} keys"
+        if ratio >= self._min_speedup:
+            return Decision("tiles", reason, ratio, *found)
+        why = f"dense is faster or as fast: {reason}, {self._min_speedup:.2f}x is wanted"
+        return Decision(None, why, ratio, *found)
+
+
+def _attention_key(problem: AttentionProblem) -> str:
+    """What decides the times of attention; maps of nearly one density share a measurement."""
+    fields = dataclasses.asdict(
+        dataclasses.replace(problem, kinds=torch.empty(0), leaves=(), dtype=torch.float32)
+    )
+    shares = (round(problem.density * 32), round(problem.partial * 32))
+    for name in ("kinds", "leaves", "integers"):
+        del fields[name]
+    return json.dumps(["attention", *shares, str(problem.dtype), *map(str, fields.values())])
 
 
 def _rows(rows: int) -> str:

@@ -11,6 +11,8 @@ import dataclasses
 import torch
 
 from sparse_compiler.formats.pattern import Pattern
+from sparse_compiler.score import cost as attention_cost
+from sparse_compiler.score.cost import AttentionProblem
 
 # Per core, of a current server core; only ratios between formats matter.
 _GBYTES = 20.0
@@ -157,6 +159,15 @@ class ModelSelector(Roofline):
             return best
         return dataclasses.replace(best, format=None, reason=f"not faster: {best.reason}")
 
+    def attend(self, problem: AttentionProblem) -> Decision:
+        """See ``Selector``."""
+        dense, sparse = attention_cost.dense_ms(problem), attention_cost.sparse_ms(problem)
+        ratio = dense / sparse
+        reason = f"the roofline model expects {ratio:.2f}x"
+        if ratio >= self.min_speedup:
+            return Decision("tiles", reason, ratio, dense, sparse)
+        return Decision(None, f"not faster: {reason}", ratio, dense, sparse)
+
 
 @dataclasses.dataclass(frozen=True)
 class AlwaysSelector(Roofline):
@@ -165,3 +176,7 @@ class AlwaysSelector(Roofline):
     def choose(self, problem: LinearProblem, weight: torch.Tensor) -> Decision:
         """See ``Selector``."""
         return Decision(candidates(problem)[0], 'selection="always" measures nothing')
+
+    def attend(self, problem: AttentionProblem) -> Decision:
+        """See ``Selector``."""
+        return Decision("tiles", 'selection="always" measures nothing')

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from sparse_compiler.passes.attention import Attention
 from sparse_compiler.passes.base import Pass, PassContext, PassManager, Rewrite
 from sparse_compiler.passes.dead_channels import DeadChannels
 from sparse_compiler.passes.fold_static import FoldStatic
 from sparse_compiler.passes.sparse_linear import SparseLinear
 
 PASSES: dict[str, type[Pass]] = {
+    Attention.name: Attention,
     DeadChannels.name: DeadChannels,
     FoldStatic.name: FoldStatic,
     SparseLinear.name: SparseLinear,
@@ -15,6 +17,7 @@ PASSES: dict[str, type[Pass]] = {
 
 __all__ = [
     "PASSES",
+    "Attention",
     "DeadChannels",
     "FoldStatic",
     "Pass",

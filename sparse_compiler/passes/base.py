@@ -22,6 +22,7 @@ from sparse_compiler.derived import drop_unused
 from sparse_compiler.errors import PassError, SparseCompilerError
 from sparse_compiler.formats.cost import Comparison, Decision, LinearProblem, ModelSelector
 from sparse_compiler.options import Options
+from sparse_compiler.score.cost import AttentionProblem
 
 log = logging.getLogger("sparse_compiler")
 
@@ -31,14 +32,16 @@ class Rewrite:
     """One candidate, what was decided about it, and why.
 
     Attributes:
-        kind: ``"linear"``, ``"dead_channels"``, ``"constant"``, or ``"graph"`` for one left alone.
+        kind: ``"linear"``, ``"dead_channels"``, ``"constant"``, ``"attention"``,
+            ``"linear_attention"``, or ``"graph"`` for one left alone.
         target: path of the weight's module in the user's model, such as ``layers.0.mlp.up_proj``.
-        shape: out_features, in_features.
+        shape: out_features, in_features; of attention: batch, heads, queries, keys, head size.
         rows: rows of the input (batch times sequence) the decision was made for.
-        dtype: of the weight.
-        sparsity: fraction of zeros, 0 to 1.
-        pattern: what the zeros look like, such as ``"2:4"``.
-        format: how the weight is stored now; ``"dense"`` if it was left alone.
+        dtype: of the weight; of attention: of queries and keys.
+        sparsity: fraction of zeros, 0 to 1; of attention: of tiles that are skipped.
+        pattern: what the zeros look like, such as ``"2:4"`` or ``"causal & sliding window 256"``.
+        spelling: how the model writes it, such as ``"sdpa"`` or ``"matmul, add, softmax, matmul"``.
+        format: how the weight is stored now, or ``"tiles"``; ``"dense"`` if it was left alone.
         applied: whether the graph was changed.
         reason: why, in a sentence.
         speedup: measured dense time over sparse time, None if nothing was measured.
@@ -56,6 +59,7 @@ class Rewrite:
     dtype: str = ""
     sparsity: float = 0.0
     pattern: str = ""
+    spelling: str = ""
     format: str = "dense"
     applied: bool = False
     reason: str = ""
@@ -76,6 +80,10 @@ class Selector(Protocol):
 
     def compare(self, before: LinearProblem, after: LinearProblem) -> Comparison:
         """Times of a dense layer and of a smaller one, both at the one number of rows."""
+        ...
+
+    def attend(self, problem: AttentionProblem) -> Decision:
+        """The format ``"tiles"`` if skipping a score's empty tiles pays, or None for dense."""
         ...
 
 

@@ -9,11 +9,14 @@ import torch
 from torch import fx
 
 from sparse_compiler.errors import VerificationError
+from sparse_compiler.ops import attention as _operators  # noqa: F401  registers the operators
 from sparse_compiler.passes.base import PassContext
 from sparse_compiler.region import Region
 from sparse_compiler.static import StaticValues
 
 Verify = Callable[[Region, Sequence[fx.Node], Sequence[fx.Node]], None]
+
+_TILE_KINDS = torch.ops.sparse_compiler.tile_kinds.default
 
 # Relative to the largest result: sums are taken in another order.
 _BOUND = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
@@ -29,9 +32,15 @@ def verifier(
     def verify(region: Region, created: Sequence[fx.Node], results: Sequence[fx.Node]) -> None:
         generator = torch.Generator().manual_seed(0)
         values: dict[fx.Node, Any] = {}
-        for node in _inputs([*region.nodes, *created]):
+        # A map that several attentions share belongs to what decides it.
+        maps = [node for node in _inputs(created) if node.target is _TILE_KINDS]
+        created = [*maps, *created]
+        # What only the original reads (a mask) is computed from what the rewrite reads.
+        between = _between(region.nodes, set(_inputs(created)), static)
+        for node in _inputs([*between, *region.nodes, *created]):
             known = static.value(node) if static.is_static(node) else static.leaf(node)
             values[node] = known if known is not None else _random(node, generator)
+        _run(between, values, ())
         expected = _run(region.nodes, dict(values), region.outputs)
         actual = _run(created, dict(values), results)
         for want, got in zip(expected, actual, strict=True):
@@ -64,6 +73,19 @@ def _inputs(nodes: Sequence[fx.Node]) -> list[fx.Node]:
     return list(found)
 
 
+def _between(nodes: Sequence[fx.Node], known: set[fx.Node], static: StaticValues) -> list[fx.Node]:
+    """What has to be computed to run ``nodes`` from ``known``, static values and graph inputs."""
+    found: set[fx.Node] = set()
+    waiting = _inputs(nodes)
+    while waiting:
+        node = waiting.pop()
+        if node in known or node in found or node.op != "call_function" or static.is_static(node):
+            continue
+        found.add(node)
+        waiting.extend(node.all_input_nodes)
+    return sorted(found)
+
+
 def _random(node: fx.Node, generator: torch.Generator) -> Any:
     value = node.meta["val"]
     if not isinstance(value, torch.Tensor):
@@ -71,6 +93,8 @@ def _random(node: fx.Node, generator: torch.Generator) -> Any:
     shape = [size if isinstance(size, int) else size.node.hint for size in value.shape]
     if value.is_floating_point():
         return torch.randn(shape, generator=generator).to(value.dtype)
+    if value.dtype is torch.bool:
+        return torch.rand(shape, generator=generator) < 0.8
     return torch.zeros(shape, dtype=value.dtype)
 
 

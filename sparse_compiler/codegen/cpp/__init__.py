@@ -19,6 +19,7 @@ PIECE = 4096
 # Rows of a dense weight that make a task.
 GEMV_BLOCK = 64
 _COMMON = ("vec", "transpose", "panel", "multiply", "csr")
+_ATTENTION = ("vec", "transpose", "attention_math", "score")
 _HEADERS = {
     "linear_dense": ("vec", "dense"),
     "linear_csr": (*_COMMON, "gemv", "linear"),
@@ -31,6 +32,10 @@ _HEADERS = {
         "bitmap_linear",
     ),
     "sampled_csr": (*_COMMON, "gemv", "linear", "sampled"),
+    "attention_score": _ATTENTION,
+    "attention_forward": (*_ATTENTION, "attention_forward"),
+    "attention_decode": (*_ATTENTION, "attention_decode"),
+    "attention_backward": (*_ATTENTION, "attention_backward_plan", "attention_backward"),
     "take": ("vec", "move"),
     "put": ("vec", "move"),
 }
@@ -120,7 +125,11 @@ def template(name: str) -> str:
 @functools.cache
 def digest() -> str:
     """A digest of everything that decides what the kernels compute and how they are called."""
-    lowering = [_HERE.parent / "inductor.py", _HERE.parent / "lowerings.py"]
-    files = sorted([*_HERE.glob("*.h"), *_HERE.glob("*.jinja"), Path(__file__), *lowering])
+    package = _HERE.parent.parent
+    python = [*_HERE.parent.glob("*.py"), *(package / "score").glob("*.py")]
+    operators = [package / "ops" / "linear.py", package / "ops" / "attention.py"]
+    files = sorted(
+        [*_HERE.glob("*.h"), *_HERE.glob("*.jinja"), Path(__file__), *python, *operators]
+    )
     text = b"".join(path.read_bytes() for path in files)
     return hashlib.sha256(text).hexdigest()[:16]
