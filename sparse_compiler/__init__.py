@@ -2,12 +2,13 @@
 
 ``torch.compile(model, backend="sparse")`` needs no import of this package. What is here is for
 looking inside: ``explain`` reports what was done and why, ``canonicalize`` and ``passes`` apply the
-rewrites by hand, ``pruning`` makes a model sparse.
+rewrites by hand, ``prepare`` and ``compile`` are for models that break Dynamo's graph, ``nn`` has
+attention modules in plain PyTorch, ``pruning`` makes a model sparse.
 """
 
 from __future__ import annotations
 
-from sparse_compiler import passes
+from sparse_compiler import nn, passes
 from sparse_compiler.canonical import canonicalize
 from sparse_compiler.errors import (
     CanonicalizationError,
@@ -20,6 +21,7 @@ from sparse_compiler.errors import (
 )
 from sparse_compiler.options import Options
 from sparse_compiler.passes import Rewrite
+from sparse_compiler.prepare import compile, prepare
 from sparse_compiler.report import Report, explain
 from sparse_compiler.runtime import refresh
 
@@ -37,7 +39,10 @@ __all__ = [
     "UnsupportedError",
     "VerificationError",
     "canonicalize",
+    "compile",
     "explain",
+    "nn",
     "passes",
+    "prepare",
     "refresh",
 ]

@@ -8,7 +8,7 @@ from typing import Any
 
 from sparse_compiler.errors import OptionError, nearest
 
-PASS_NAMES = ("dead_channels", "sparse_linear", "attention", "fold_static")
+PASS_NAMES = ("dead_channels", "sparse_linear", "attention", "linear_attention", "fold_static")
 SELECTIONS = ("measure", "model", "always")
 
 

@@ -110,7 +110,8 @@ def _probabilities(
         shape = (*scores.shape[:3], 1)
         columns = torch.cat([scores, sink.to(scores).expand(shape[:3]).unsqueeze(-1)], -1)
     lse = torch.logsumexp(columns, -1)
-    weights = torch.exp(scores - lse.unsqueeze(-1))
+    # Not exp(scores - lse): of a row of finfo.min the sum is lost in rounding.
+    weights = torch.softmax(columns, -1)[..., : scores.shape[-1]]
     if empty_row == "zero":
         weights = weights.masked_fill((lse == -torch.inf).unsqueeze(-1), 0)
     return weights, lse

@@ -6,12 +6,14 @@ from sparse_compiler.passes.attention import Attention
 from sparse_compiler.passes.base import Pass, PassContext, PassManager, Rewrite
 from sparse_compiler.passes.dead_channels import DeadChannels
 from sparse_compiler.passes.fold_static import FoldStatic
+from sparse_compiler.passes.linear_attention import LinearAttention
 from sparse_compiler.passes.sparse_linear import SparseLinear
 
 PASSES: dict[str, type[Pass]] = {
     Attention.name: Attention,
     DeadChannels.name: DeadChannels,
     FoldStatic.name: FoldStatic,
+    LinearAttention.name: LinearAttention,
     SparseLinear.name: SparseLinear,
 }
 
@@ -20,6 +22,7 @@ __all__ = [
     "Attention",
     "DeadChannels",
     "FoldStatic",
+    "LinearAttention",
     "Pass",
     "PassContext",
     "PassManager",

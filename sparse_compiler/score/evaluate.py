@@ -106,6 +106,12 @@ class Evaluator:
                 waiting.pop()
         return known[expr]
 
+    def region(self, load: Expr) -> torch.Tensor:
+        """The elements that a ``load`` reads, or more: a view of its leaf."""
+        leaf = self._leaves[load.slot].detach()
+        found = self._view(leaf, load.operands)
+        return leaf if found is None else found
+
     def _leaf(self, node: Expr) -> Value:
         if node.op == "const":
             number: Value = node.value
@@ -237,13 +243,11 @@ def _of_numbers(op: str, values: Sequence[Any]) -> Value:
     return 0 if number is None else number  # an integer over 0, in a branch that is not taken
 
 
-def _divided(left: Any, right: Any, function: Callable[..., torch.Tensor]) -> torch.Tensor:
+def _divided(
+    left: torch.Tensor, right: torch.Tensor, function: Callable[..., torch.Tensor]
+) -> torch.Tensor:
     """Integers over 0 raise in PyTorch, even in a branch that is not taken."""
-    if isinstance(right, torch.Tensor) and not right.is_floating_point():
-        right = torch.where(right == 0, 1, right)
-    elif right == 0 and not isinstance(right, float):
-        right = 1
-    return function(left, right)
+    return function(left, right if right.is_floating_point() else right.masked_fill(right == 0, 1))
 
 
 _LEAVES = ("const", "int", "load", "s", *DIMENSIONS)

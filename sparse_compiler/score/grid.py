@@ -64,7 +64,7 @@ class Grid(Intervals):
     def leaf(self, expr: Expr) -> Interval | None:
         if expr.depends_on("s"):
             return (-S_BOUND, S_BOUND) if expr.op == "s" else None
-        if expr.depends_on("q") and expr.depends_on("k"):
+        if (expr.depends_on("q") and expr.depends_on("k")) or _is_inexact(expr):
             return self._loaded(expr) if expr.op == "load" else None
         line = Line.of(expr) if expr.type == "int" else None
         if line is not None and line.letter in _BLOCKS:
@@ -74,7 +74,7 @@ class Grid(Intervals):
     def leaf_truth(self, expr: Expr) -> Truth | None:
         if expr.depends_on("s"):
             return None
-        if expr.depends_on("q") and expr.depends_on("k"):
+        if (expr.depends_on("q") and expr.depends_on("k")) or _is_inexact(expr):
             if expr.op != "load":
                 return None
             found = self._tiles_of(expr)
@@ -131,8 +131,10 @@ class Grid(Intervals):
         return self.measured.interval(expr) if ends is None else self._bounds_of(expr, ends)
 
     def _tiles_of(self, expr: Expr) -> tuple[Value, Value] | None:
-        """The ends of a loaded value in each tile; None if one index takes both q and k."""
+        """The ends of a loaded value in each tile; None if an index is not known that well."""
         if any(index.depends_on("q") and index.depends_on("k") for index in expr.operands):
+            return None
+        if _is_inexact(expr):
             return None
         steps = [_step(expr, "q", BLOCK_Q), _step(expr, "k", BLOCK_K)]
         spans = list(self._spans)
@@ -151,6 +153,17 @@ def _sides(terms: tuple[tuple[Expr, int], ...]) -> tuple[tuple[Part, ...], tuple
 
 def _without_q(found: dict[Expr, tuple]) -> dict[Expr, tuple]:
     return {expr: value for expr, value in found.items() if not expr.depends_on("q")}
+
+
+@functools.lru_cache(maxsize=4096)
+def _is_inexact(expr: Expr) -> bool:
+    """Whether kernels may round the value in another way than PyTorch."""
+    functions = ("exp", "log", "tanh", "sigmoid", "pow")
+    divisions = ("floordiv", "mod")
+    return any(
+        node.op in functions or (node.op in divisions and node.type == "float")
+        for node in expr.walk()
+    )
 
 
 @functools.lru_cache(maxsize=1024)

@@ -12,7 +12,8 @@ import torch
 
 from sparse_compiler.score import bounds
 from sparse_compiler.score.affine import Affine
-from sparse_compiler.score.bounds import EITHER, UNKNOWN, Interval, Truth
+from sparse_compiler.score.bounds import EITHER, UNKNOWN, Bound, Interval, Truth
+from sparse_compiler.score.evaluate import Evaluator
 from sparse_compiler.score.logic import parts
 from sparse_compiler.score.node import Expr
 
@@ -48,11 +49,12 @@ class Intervals:
         """The interval of an int or float expression."""
         found = self._intervals.get(expr)
         if found is None:
-            if expr.op == "const":  # rounded as kernels round it
-                value = float(expr.value)
-                found = (ctypes.c_float(value).value if expr.type == "float" else value,) * 2
+            if expr.op == "const":
+                found = (float(expr.value),) * 2
             else:
                 found = self.leaf(expr) or self._sum(expr) or self._combined(expr)
+            if expr.type == "float":
+                found = _rounded(found[0]), _rounded(found[1])
             self._intervals[expr] = found
         return found
 
@@ -142,6 +144,11 @@ class Intervals:
         return bounds.TESTS[expr.op](*(self.interval(item) for item in expr.operands))
 
 
+def _rounded(end: Bound) -> Bound:
+    """A number as kernels round it; tensors are float32 already."""
+    return end if isinstance(end, torch.Tensor) else ctypes.c_float(end).value
+
+
 @dataclasses.dataclass(frozen=True)
 class Part:
     """Terms of a sum of ints that depend on the same ones of q and k, and their sum."""
@@ -176,9 +183,11 @@ class Ranges(Intervals):
         sizes: Sequence[int] = (2**31,) * 4,
     ) -> None:
         super().__init__()
-        self._leaves = leaves
         self._ints = ints
         self._sizes = sizes
+        self._reads = None
+        if leaves is not None and ints is not None:
+            self._reads = Evaluator(leaves, ints, [range(size) for size in sizes])
 
     def ends(self, expr: Expr) -> tuple[float, float]:
         """The interval of an int or float expression, as numbers."""
@@ -194,9 +203,10 @@ class Ranges(Intervals):
             return UNKNOWN if self._ints is None else (float(self._ints[expr.slot]),) * 2
         if expr.op != "load":
             return None
-        if self._leaves is None or not self._leaves[expr.slot].numel():
+        read = None if self._reads is None else self._reads.region(expr)
+        if read is None or not read.numel():
             return UNKNOWN
-        low, high = (float(end) for end in torch.aminmax(self._leaves[expr.slot].detach()))
+        low, high = (float(end) for end in torch.aminmax(read))
         return (low, high) if expr.type == "float" else bounds.limited((low, high))
 
     def leaf_truth(self, expr: Expr) -> Truth | None:

@@ -101,8 +101,8 @@ def _negated(operand: Expr) -> Expr:
     if operand.op == "not":
         return operand.operands[0]
     if operand.op in ("and", "or"):
-        left, right = operand.operands
-        return (or_ if operand.op == "and" else and_)(_negated(left), _negated(right))
+        opposite = or_ if operand.op == "and" else and_
+        return opposite(*(_negated(item) for item in parts(operand.op, operand)))
     if operand.op == "where":
         condition, yes, no = operand.operands
         return where(condition, _negated(yes), _negated(no))
@@ -224,24 +224,72 @@ def _joined(op: str, operands: tuple[Operand, ...]) -> Expr:
     """Conjunction or disjunction of distinct operands, none of which another one makes idle."""
     neutral, absorbing = (TRUE, FALSE) if op == "and" else (FALSE, TRUE)
     first, *others = (_bool(operand) for operand in operands)
-    # What an expression joins already has been through this.
-    kept = parts(op, first) if first.op == op else []
-    for operand in others if kept else (first, *others):
+    kept = _Kept(op)
+    if first.op == op:  # what an expression joins already has been through this
+        for item in parts(op, first):
+            kept.insert(item)
+    else:
+        others.insert(0, first)
+    for operand in others:
         for item in parts(op, operand):
-            if item is neutral:
+            if item is neutral or kept.implies(item):
                 continue
-            if item is absorbing or any(_exclude(op, item, other) for other in kept):
+            if item is absorbing or kept.excludes(item):
                 return absorbing
-            if any(_implied(op, item, other) for other in kept):
-                continue
-            kept = [other for other in kept if not _implied(op, other, item)]
-            kept.append(item)
-    if not kept:
-        return neutral
-    total = kept[0]
-    for item in kept[1:]:
-        total = Expr(op, (total, item))
-    return total
+            kept.drop_implied(item)
+            kept.insert(item)
+    total: Expr | None = None
+    for item in kept.items:
+        total = item if total is None else Expr(op, (total, item))
+    return neutral if total is None else total
+
+
+class _Kept:
+    """Operands of a conjunction or disjunction; comparisons of the same terms are found at once."""
+
+    def __init__(self, op: str) -> None:
+        self._and = op == "and"
+        self.items: dict[Expr, None] = {}
+        self._alike: dict[object, list[tuple[Expr, Comparison]]] = {}
+
+    def insert(self, item: Expr) -> None:
+        self.items[item] = None
+        found = Comparison.of(item)
+        if found is not None:
+            self._alike.setdefault(found.terms, []).append((item, found))
+
+    def implies(self, item: Expr) -> bool:
+        """Whether ``item`` adds nothing."""
+        if item in self.items:
+            return True
+        new = Comparison.of(item)
+        alike = self._alike.get(new.terms, ()) if new else ()
+        return any(old.implies(new) if self._and else new.implies(old) for _, old in alike if new)
+
+    def drop_implied(self, item: Expr) -> None:
+        """Take out what ``item`` makes idle."""
+        new = Comparison.of(item)
+        alike = self._alike.get(new.terms, []) if new else []
+        idle = [
+            pair
+            for pair in alike
+            if new and (new.implies(pair[1]) if self._and else pair[1].implies(new))
+        ]
+        for pair in idle:
+            alike.remove(pair)
+            del self.items[pair[0]]
+
+    def excludes(self, item: Expr) -> bool:
+        """Whether ``item`` decides the whole: never together, or (of ``or``) always one of them."""
+        new = Comparison.of(item)
+        if new is None:
+            # The opposite of an "or" is an "and", which is no operand of an "and".
+            return item.op not in ("and", "or") and _negated(item) in self.items
+        alike = self._alike.get(new.terms, ())
+        opposite = new.negated()
+        if self._and:
+            return any(old.implies(opposite) for _, old in alike)
+        return any(opposite.implies(old) for _, old in alike)
 
 
 def parts(op: str, expr: Expr) -> list[Expr]:
@@ -255,22 +303,3 @@ def parts(op: str, expr: Expr) -> list[Expr]:
         else:
             found.append(item)
     return found
-
-
-def _implied(op: str, item: Expr, other: Expr) -> bool:
-    """Whether ``item`` adds nothing to ``other``."""
-    return _implies(other, item) if op == "and" else _implies(item, other)
-
-
-def _exclude(op: str, item: Expr, other: Expr) -> bool:
-    """Whether two operands decide the whole: never both, or (of ``or``) always one."""
-    if op == "and":
-        return _never_both(item, other)
-    return _never_both(not_(item), not_(other))
-
-
-def _never_both(one: Expr, other: Expr) -> bool:
-    if not_(one) is other:
-        return True
-    first, second = Comparison.of(one), Comparison.of(other)
-    return first is not None and second is not None and first.implies(second.negated())

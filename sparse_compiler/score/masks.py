@@ -66,12 +66,12 @@ def plan(score: Expr) -> Plan:
     static = Ranges()
     if _depth(score) > _DEEPEST:
         return Plan((), (), score, score, static, False, analysed=False)
-    found: dict[Expr, bool] = {}
+    found: dict[tuple[Expr, bool], None] = {}
     branches: dict[Expr, Expr] = {}
     for node in score.walk():
         keep = _keeps(node, static)
         if keep is not None:
-            found[node.operands[0]] = keep
+            found[node.operands[0], keep] = None
             branches[node] = node.operands[1 if keep else 2]
     # Masks nest: what is kept may hold further masks.
     kept = score
@@ -84,7 +84,7 @@ def plan(score: Expr) -> Plan:
     full = kept.substitute({node: node.operands[1 - place] for node, place in additions.items()})
     elementwise = any(node.depends_on("q") and node.depends_on("k") for node in score.loads())
     return Plan(
-        tuple(found.items()),
+        tuple(found),
         tuple(dict.fromkeys(node.operands[place] for node, place in additions.items())),
         kept,
         full,

@@ -3,7 +3,7 @@
 // Five products a tile of 64 queries and 64 keys, with P = exp(score - lse) computed again:
 //   S = Q K^T;  dP = dO V^T;  dV += P^T dO;  dS = P (dP - delta) slope;  dK += dS^T Q;  dQ += dS K
 // A task is one kv head and a chunk of its key tiles. K, V, dK and dV of a few key tiles at a time
-// stay in the second cache, while the tiles of queries of all heads of the group pass by. The share
+// stay in L2, while the tiles of queries of all heads of the group pass by. The share
 // of a chunk in dQ goes to memory of its own; a last pass adds the shares in the order of chunks.
 //
 // Of a partial tile, blocks of 16 x 16 where P is zero are left out of the four products behind S:

@@ -1,10 +1,10 @@
 // What the gradients of attention need to know before the first product, and how the work is cut.
 //
 // Two passes: over the keys (is something not finite?), and over the queries (delta = the sum of
-// dO * out over a row; which tiles of queries have to be computed with all keys). Then the key tiles
-// of each kv head are cut into chunks with about equal numbers of tiles to compute. The share of a
-// chunk in dQ is a tile of memory for each tile of queries that it meets. The cut depends on the
-// sizes and on which tiles are empty and on nothing else: threads do not change results.
+// dO * out over a row; which tiles of queries have to be computed with all keys). Then the key
+// tiles of each kv head are cut into chunks with about equal numbers of tiles to compute. The share
+// of a chunk in dQ is a tile of memory for each tile of queries that it meets. The cut depends on
+// the sizes and on which tiles are empty and on nothing else: threads do not change results.
 //
 // After attention_math.h; then attention_backward.h.
 #include <vector>

@@ -120,9 +120,9 @@ struct ForwardTask {
   const Heads& heads;
   const Dropout dropout;
   Scratch memory;
-  float *q, *s, *o, *most, *sum;   // [BLOCK][depth], [CHUNK][ROWS][BLOCK], [BLOCK][LDO], [BLOCK] x 2
-  float *missing, *buffer;         // room for tiles that are not packed
-  bool dense, skipped;  // no tile is left out; something was
+  float *q, *s, *o, *most, *sum;  // [BLOCK][depth], [CHUNK][ROWS][BLOCK], [BLOCK][LDO], [BLOCK] x 2
+  float *missing, *buffer;        // room for tiles that are not packed
+  bool dense, skipped;            // no tile is to be left out; something was
   int64_t b, h, q0;
   int rows;
 
@@ -353,7 +353,7 @@ void attention_forward(const Attention& a, const Score& score, int num_threads) 
   const int64_t wave = std::min(all, std::max(BYTES / std::max<int64_t>(1, bytes),
                                               num_threads * TASKS / (q_tiles * group) + 1));
   Heads heads(a, wave, tiles);
-#pragma omp parallel num_threads(num_threads) if (num_threads > 1)
+#pragma omp parallel num_threads(num_threads) if (num_threads > 1 && all * group * q_tiles > 1)
   {
     ForwardTask<E, D, DV, Score> task(a, score, heads);
     for (int64_t first = 0; first < all; first += wave) {

@@ -136,11 +136,18 @@ def choose(
     if not few or not queries:
         raise NotLiftable("its keys and its values have different numbers of heads")
     least = min(few, key=int) if all(isinstance(n, int) for n in few) else next(iter(few))
-    key, value = (next(w for w in ways[n] if w.heads == least) for n in ("key", "value"))
-    for way in (queries[0], key, value):
+    query = _nearest(queries)
+    key = _nearest([way for way in ways["key"] if way.heads == least])
+    value = next(way for way in ways["value"] if way.heads == least)
+    for way in (query, key, value):
         if not way.flat and "batch" not in way.places and not indices.extents[B].is_Integer:
             raise NotLiftable("an operand is the same for a dynamic number of batches")
-    return Operands(queries[0], key, value, least != ways["key"][0].heads)
+    return Operands(query, key, value, least != ways["key"][0].heads)
+
+
+def _nearest(ways: Sequence[Operand]) -> Operand:
+    """The first way in front of all factors: these go into the score."""
+    return next(way for way in ways if way.scale == ways[-1].scale)
 
 
 def assemble(

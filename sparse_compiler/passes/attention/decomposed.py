@@ -147,7 +147,7 @@ def _counted(
             total = e.add(e.mul(bias, lift.operand(product.beta, ())), total)
         return total
 
-    before = Lifter(facts, indices, product.node, end, raw)
+    before = Lifter(facts, indices, product.node, end, raw, beside=after_softmax)
     score = _followed("between its product and its softmax", lambda: before.value(scores, inner))
     if before.reached is None:
         raise NotLiftable("its softmax does not see the product of queries and keys")
@@ -221,11 +221,10 @@ def _masked_twice(score: Expr, kept: Expr) -> tuple[Expr, str]:
 
     Then a row that is masked all over gives 0, whatever its scores were filled with.
     """
-    if kept.op == "where" and kept.operands[1] is S and kept.operands[2] is e.const(0.0):
-        condition = kept.operands[0]
-        for item in score.walk():
-            if item.op == "where" and item.operands[0] is condition:
-                return e.where(condition, score, -math.inf), "zero"
+    if kept.op == "where" and {kept.operands[1], kept.operands[2]} == {S, e.const(0.0)}:
+        condition = kept.operands[0] if kept.operands[1] is S else e.not_(kept.operands[0])
+        if any(item.op == "where" and item.operands[0] is condition for item in score.walk()):
+            return e.where(condition, score, -math.inf), "zero"
     raise NotLiftable("its weights are changed behind the softmax")
 
 

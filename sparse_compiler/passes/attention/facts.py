@@ -41,6 +41,7 @@ class GraphFacts:
         self.static = static
         self.symbols = Symbols(gm.graph)
         self._writers: dict[fx.Node, list[fx.Node]] = {}
+        self._seen: set[fx.Node] = set()
         self._learned: set[fx.Node] = set()
         self._constant: set[fx.Node] = set()
         self._values: dict[fx.Node, torch.Tensor | None] = {}
@@ -48,8 +49,7 @@ class GraphFacts:
         for node in gm.graph.nodes:
             self._note_writes(node)
         for node in gm.graph.nodes:
-            if self._is_learned(node):
-                self._learned.add(node)
+            self.is_learned(node)
             if self._is_constant(node):
                 self._constant.add(node)
         self._note_twins()
@@ -73,6 +73,10 @@ class GraphFacts:
 
     def is_learned(self, node: fx.Node) -> bool:
         """Whether a gradient may flow into the node's value."""
+        if node not in self._seen:  # another rewrite has made it
+            self._seen.add(node)
+            if self._is_learned(node):
+                self._learned.add(node)
         return node in self._learned
 
     def _is_learned(self, node: fx.Node) -> bool:
@@ -86,7 +90,7 @@ class GraphFacts:
             return True
         if node.op == "placeholder":
             return node.name in self.gm.meta.get("with_gradient", ())
-        return any(source in self._learned for source in node.all_input_nodes)
+        return any(self.is_learned(source) for source in node.all_input_nodes)
 
     def first_like(self, node: fx.Node) -> fx.Node:
         """The first node of the graph that computes the same, which may be the node itself.
@@ -106,7 +110,7 @@ class GraphFacts:
 
     def kind(self, node: fx.Node) -> str:
         """What decides the node's value; see ``Leaf``."""
-        if node in self._learned:
+        if self.is_learned(node):
             return "learned"
         if self.static.is_static(node):
             return "static"

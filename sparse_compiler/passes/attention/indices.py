@@ -39,6 +39,7 @@ class Indices:
         self._places: dict[sympy.Symbol, int] = {}
         self._parts: dict[Expr, list[tuple[Expr, Expr, sympy.Expr]]] = {}
         self._wholes: dict[tuple[Expr, Expr, sympy.Expr], Expr] = {}
+        self._inside: set[tuple[Expr, sympy.Expr]] = set()
 
     def atom(self, index: Expr) -> Expr:
         """The index, or 0 if it takes one value only."""
@@ -47,17 +48,18 @@ class Indices:
     @contextlib.contextmanager
     def counting(self, index: Expr, size: sympy.Expr) -> Iterator[None]:
         """Inside, ``index`` takes ``size`` values; what is found out is forgotten again."""
-        before = self.extents, self._parts, self._wholes
+        before = self.extents, self._parts, self._wholes, self._inside
         self.extents = {**self.extents, index: size}
         other = {
             whole: parts for whole, parts in self._parts.items() if index not in whole.leaves()
         }
         self._parts = {whole: list(parts) for whole, parts in other.items()}
         self._wholes = {part: whole for part, whole in self._wholes.items() if whole in other}
+        self._inside = {fact for fact in self._inside if not fact[0].depends_on(index.op)}
         try:
             yield
         finally:
-            self.extents, self._parts, self._wholes = before
+            self.extents, self._parts, self._wholes, self._inside = before
 
     def size(self, size: int | torch.SymInt | sympy.Expr) -> Expr:
         """A size as an int expression.
@@ -166,7 +168,9 @@ class Indices:
 
     def below(self, index: Expr, size: sympy.Expr | int) -> bool:
         """Whether ``0 <= index < size`` can be shown."""
-        return self.not_negative(index) and self.less(index, size)
+        return (index, size) in self._inside or (
+            self.not_negative(index) and self.less(index, size)
+        )
 
     def less(self, index: Expr, size: sympy.Expr | int) -> bool:
         """Whether ``index < size`` can be shown."""
@@ -178,11 +182,22 @@ class Indices:
         low = self.range(index)[0]
         return low is not None and self._symbols.not_negative(low)
 
+    def part_of(self, index: Expr, size: sympy.Expr, source: Expr, whole: sympy.Expr) -> Expr:
+        """``source``, where a slice of ``size`` elements out of ``whole`` has its ``index``.
+
+        Whoever cuts a slice has checked that it lies inside.
+        """
+        if source.operands and self.below(index, size):
+            self._inside.add((source, whole))
+        return source
+
     def clamped(self, index: Expr, size: sympy.Expr) -> Expr:
         """The index itself where it is in the range of a dimension, else the nearest that is.
 
         Branches of a ``where`` that are not taken are evaluated all the same.
         """
+        if (index, size) in self._inside:
+            return index
         if not self.not_negative(index):
             index = max_(index, 0)
         if not self.less(index, size):

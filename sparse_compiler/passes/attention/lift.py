@@ -55,6 +55,7 @@ class Lifter:
             happens to the weights).
         product: the target's value, given the index it was reached at; ``S`` by default.
         end: the last node of the region; what is written to behind it does not matter.
+        beside: another lifter, to number leaves together.
 
     Attributes:
         leaves: what the expressions load, by slot.
@@ -71,10 +72,11 @@ class Lifter:
         target: fx.Node,
         end: fx.Node,
         product: Callable[[Lifter, Index], Expr] | None = None,
+        beside: Lifter | None = None,
     ) -> None:
         self.facts = facts
         self.indices = indices
-        self.leaves: list[Leaf] = []
+        self.leaves: list[Leaf] = beside.leaves if beside else []
         self.reached: Index | None = None
         self.factors: list[tuple[Any, fx.Node]] = []
         self.dropout = 0.0
@@ -82,7 +84,7 @@ class Lifter:
         self._end = end
         self._product = product
         self._behind = _between(target, end)
-        self._slots: dict[tuple[fx.Node, Index | None], int] = {}
+        self._slots: dict[tuple[fx.Node, Index | None], int] = beside._slots if beside else {}
         self._known: dict[tuple[fx.Node, Index], Expr] = {}
         self._depth = 0
 
@@ -243,7 +245,8 @@ class Lifter:
         if lifted.op == "load":
             square = lifted.depends_on("q") and lifted.depends_on("k")
             # Of an element for each query and key, the last view: keys may be contiguous in it.
-            if square and lift_views.is_whole_view(node) and is_plain(index):
+            plain = is_plain(index) and is_plain(lifted.operands)
+            if square and plain and lift_views.is_whole_view(node):
                 return self._leaf(node, index)
             return lifted
         if is_choice(lifted):

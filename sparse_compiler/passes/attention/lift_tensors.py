@@ -144,7 +144,8 @@ def _picked(lift: Lifter, table: fx.Node, at: Expr, dim: int, wraps: bool = True
     if at.depends_on("load") or at.type != "int":
         raise NotLiftable("it picks elements at positions that a tensor holds")
     if wraps and not lift.indices.not_negative(at):
-        at = e.where(e.lt(at, 0), e.add(at, lift.indices.size(size)), at)
+        from_end = e.add(at, lift.indices.size(size))
+        at = from_end if lift.indices.less(at, 0) else e.where(e.lt(at, 0), from_end, at)
     if not lift.indices.below(at, size):
         raise NotLiftable("it picks elements at positions whose range is not known")
     return at

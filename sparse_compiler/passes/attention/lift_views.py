@@ -150,7 +150,9 @@ def _slice(indices: Indices, node: fx.Node, given: dict[str, Any], index: Index)
         return x, index
     start = _offset(indices, given["start"], shape[dim])
     step = given.get("step", 1)
-    return x, _at(index, dim, add(mul(index[dim], step), start))
+    place = add(mul(index[dim], step), start)
+    place = indices.part_of(index[dim], sizes_of(node)[dim], place, shape[dim])
+    return x, _at(index, dim, place)
 
 
 def _select(indices: Indices, node: fx.Node, given: dict[str, Any], index: Index) -> Place:
@@ -225,7 +227,10 @@ def _part(indices: Indices, node: fx.Node, index: Index) -> Place | None:
         return x, (*index[:dim], const(place % len(whole.meta["val"])), *index[dim:])
     before = (piece.shape[dim] for piece in whole.meta["val"][:place])
     start = sum((symbolic(size) for size in before), start=symbolic(0))
-    return x, _at(index, dim, add(index[dim], indices.size(start)))
+    at = add(index[dim], indices.size(start))
+    return x, _at(
+        index, dim, indices.part_of(index[dim], sizes_of(node)[dim], at, sizes_of(x)[dim])
+    )
 
 
 _SAME_ORDER = (

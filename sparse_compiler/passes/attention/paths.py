@@ -56,7 +56,9 @@ def products_before(facts: GraphFacts, softmax: Softmax) -> list[fx.Node]:
         if is_product(node):
             if _is_of_activations(facts, node):
                 found.append(node)
-            continue
+                continue
+            if not _mixes_heads(node):
+                continue
         if schema_name(node) not in _BARRIERS:
             new = [source for source in node.all_input_nodes if source not in seen]
             seen.update(new)
@@ -72,6 +74,12 @@ def _is_of_activations(facts: GraphFacts, node: fx.Node) -> bool:
     return not any(x.meta["val"].dim() < 3 for x in operands if facts.static.is_static(x))
 
 
+def _mixes_heads(node: fx.Node) -> bool:
+    """Whether a layer is applied to scores or weights: no hidden state has four dimensions."""
+    first = node.all_input_nodes[0]
+    return node.meta["val"].dim() >= 4 and first.meta["val"].dim() >= 4
+
+
 def products_behind(softmax: Softmax) -> list[fx.Node]:
     """Products that the weights go into, in graph order."""
     found, seen = [], {softmax.node}
@@ -84,6 +92,8 @@ def products_behind(softmax: Softmax) -> list[fx.Node]:
             if is_product(user):
                 if schema_name(user) in _PRODUCTS:
                     found.append(user)
+                elif _mixes_heads(user):
+                    waiting.append(user)
             elif schema_name(user) not in _BARRIERS:
                 waiting.append(user)
     return sorted(found)

@@ -148,5 +148,5 @@ _SPELLINGS: dict[Any, Callable[[fx.Node], Product | None]] = {
 _PRODUCTS = (
     "matmul", "bmm", "mm", "baddbmm", "addmm", "addbmm", "mv", "dot", "einsum", "linear",
     "bilinear", "conv1d", "conv2d", "conv3d", "convolution", "scaled_dot_product_attention",
-    "embedding", "layer_norm", "rms_norm", "group_norm", "batch_norm",
+    "embedding",
 )  # fmt: skip

@@ -7,6 +7,8 @@ sentence: no softmax that looks like attention is passed over in silence.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import fx
 
@@ -21,28 +23,28 @@ from sparse_compiler.static import StaticValues
 aten = torch.ops.aten
 
 
-def find_sites(gm: fx.GraphModule, static: StaticValues) -> list[Site | Refusal]:
+def find_sites(gm: fx.GraphModule, static: StaticValues) -> Iterator[Site | Refusal]:
     """The attentions of a canonical graph, in graph order.
 
     Args:
-        gm: the graph, which is not changed.
+        gm: the graph. The region of each site may be replaced while iterating; a site found
+            before another one was replaced may refer to nodes that are gone.
         static: its static values.
 
-    Returns:
-        A site for each attention that can be rewritten, a refusal for each other one. Sites stay
-        valid while other sites are rewritten.
+    Yields:
+        A site for each attention that can be rewritten, a refusal for each other one.
     """
     facts = GraphFacts(gm, static)
-    found: list[Site | Refusal] = []
-    for node in gm.graph.nodes:
-        if node.target is aten.scaled_dot_product_attention.default:
-            found.append(read_fused(facts, node))
+    for node in list(gm.graph.nodes):
+        if node.op != "call_function":
             continue
-        softmax = read_softmax(node) if node.op == "call_function" else None
+        if node.target is aten.scaled_dot_product_attention.default:
+            yield read_fused(facts, node)
+            continue
+        softmax = read_softmax(node)
         attention = read_decomposed(facts, softmax) if softmax is not None else None
         if attention is not None:
-            found.append(attention)
-    return found
+            yield attention
 
 
 __all__ = ["Leaf", "Refusal", "Site", "find_sites"]
