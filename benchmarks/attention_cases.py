@@ -181,7 +181,7 @@ def decode(width: int) -> Pattern:
     """Queries at a position that is a tensor, in a cache of which only a window is visible."""
     return Pattern(
         f"decode, window {width}",
-        # Indexed, because FlexAttention's C++ does not compile with a tensor without dimensions.
+        # Indexed, because FlexAttention wants scalars.
         lambda b, q, k, at: (k <= q + at[0]) & (k > q + at[0] - width),
         lambda case: (torch.tensor([case.keys - case.rows - 7]),),
     )

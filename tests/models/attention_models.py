@@ -449,6 +449,6 @@ MODELS: dict[str, Subject] = {
 
 
 if __name__ == "__main__":
-    from tests.models.attention_check import main
+    from tests.models.attention_table import main
 
     main(MODELS)

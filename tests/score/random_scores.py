@@ -60,6 +60,16 @@ _SIZE = st.sampled_from([1, 2, 3, 7, 16, 50, 64, 100, 128])
 _SHIFT = st.sampled_from([-100, -64, -3, -1, 0, 1, 5, 63, 64, 130])
 
 
+def _short(strategy: st.SearchStrategy[Expr]) -> st.SearchStrategy[Expr]:
+    """The strategy by another name: Hypothesis prints the whole of what others are made of."""
+
+    @st.composite
+    def expressions(draw: st.DrawFn) -> Expr:
+        return draw(strategy)
+
+    return expressions()
+
+
 def _clamped(index: Expr, size: int) -> Expr:
     return raw("max", raw("min", index, size), 0)
 
@@ -85,7 +95,7 @@ def _integers(inner: st.SearchStrategy[Expr]) -> st.SearchStrategy[Expr]:
     )
 
 
-INTEGERS = st.recursive(st.one_of(_INDEX, _SHIFT.map(const)), _integers, max_leaves=6)
+INTEGERS = _short(st.recursive(st.one_of(_INDEX, _SHIFT.map(const)), _integers, max_leaves=6))
 
 _COMPARED = st.tuples(
     st.sampled_from(["lt", "le", "gt", "ge", "eq", "ne"]), INTEGERS, st.one_of(INTEGERS, _SHIFT)
@@ -112,7 +122,7 @@ def _floats(inner: st.SearchStrategy[Expr]) -> st.SearchStrategy[Expr]:
     )
 
 
-_FLOATS = st.recursive(_NUMBER, _floats, max_leaves=4)
+_FLOATS = _short(st.recursive(_NUMBER, _floats, max_leaves=4))
 _COMPARED_FLOATS = st.tuples(
     st.sampled_from(["lt", "le", "gt", "ge", "eq", "ne"]), _FLOATS, _FLOATS
 ).map(lambda x: raw(*x))

@@ -10,8 +10,12 @@
 // densely, as in attention_forward.h.
 namespace sc {
 
+// Rows of keys or values to ask for ahead of time where they come from memory: fp32 rows are used up
+// faster than the hardware fetches them by itself. In caches it only costs.
+constexpr int AHEAD = 32;
+
 // s[0 .. 16) = one row of `units` against 16 rows of keys, `step` bytes apart, four at a time.
-template <class C>
+template <class C, bool FETCH>
 inline void dots_16(const float* q, int units, const char* keys, int64_t step, float* s) {
   vf<VL> sums[16];
 #pragma GCC unroll 4
@@ -21,15 +25,17 @@ inline void dots_16(const float* q, int units, const char* keys, int64_t step, f
     for (int u = 0; u < units; u += VL) {
       const vf<VL> row = load<VL>(q + u);
 #pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i)
+      for (int i = 0; i < 4; ++i) {
+        if constexpr (FETCH) __builtin_prefetch(keys + 4 * u + (i + AHEAD) * step);
         sums[j + i] = mac<C, VL>(load<VL>(keys + 4 * u + i * step), row, sums[j + i]);
+      }
     }
   }
   reduce16(sums, s);
 }
 
 // R rows of o += weights times rows of values, V vectors of them; values are widened as they come.
-template <class T, int R, int V>
+template <class T, int R, int V, bool FETCH>
 __attribute__((noinline)) void add_block(const float* weights, int64_t weights_row, const T* values,
                                          int64_t stride, int keys, float* o, int64_t ldo) {
   vf<VL> acc[R][V];
@@ -40,7 +46,10 @@ __attribute__((noinline)) void add_block(const float* weights, int64_t weights_r
   for (int k = 0; k < keys; ++k, values += stride) {
     vf<VL> row[V];
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) row[v] = load_as_float(values + v * VL);
+    for (int v = 0; v < V; ++v) {
+      if constexpr (FETCH) __builtin_prefetch(values + AHEAD * stride + v * VL);
+      row[v] = load_as_float(values + v * VL);
+    }
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
       const vf<VL> w = splat<VL>(weights + r * weights_row + k);
@@ -54,23 +63,23 @@ __attribute__((noinline)) void add_block(const float* weights, int64_t weights_r
     for (int v = 0; v < V; ++v) store<VL>(o + r * ldo + v * VL, acc[r][v]);
 }
 
-template <class T, int R>
+template <class T, int R, bool FETCH>
 inline void add_rows(const float* weights, int64_t weights_row, const T* values, int64_t stride,
                      int keys, float* o, int64_t ldo, int rows, int nv) {
   int r = 0;
   for (; r + R <= rows; r += R) {
     int v = 0;
     for (; v + 4 <= nv; v += 4)
-      add_block<T, R, 4>(weights + r * weights_row, weights_row, values + v * VL, stride, keys,
+      add_block<T, R, 4, FETCH>(weights + r * weights_row, weights_row, values + v * VL, stride, keys,
                          o + r * ldo + v * VL, ldo);
     for (; v < nv; ++v)
-      add_block<T, R, 1>(weights + r * weights_row, weights_row, values + v * VL, stride, keys,
+      add_block<T, R, 1, FETCH>(weights + r * weights_row, weights_row, values + v * VL, stride, keys,
                          o + r * ldo + v * VL, ldo);
   }
   if constexpr (R > 1)
     if (r < rows)
-      add_rows<T, R / 2>(weights + r * weights_row, weights_row, values, stride, keys, o + r * ldo,
-                         ldo, rows - r, nv);
+      add_rows<T, R / 2, FETCH>(weights + r * weights_row, weights_row, values, stride, keys,
+                                o + r * ldo, ldo, rows - r, nv);
 }
 
 template <class E, int D, int DV, class Score>
@@ -78,7 +87,7 @@ struct DecodeTask {
   using C = Compute<E>;
   using T = typename E::T;
   static constexpr int DEPTH = depth_of<C>(D), LDQ = padded(DEPTH), LDO = padded(DV);
-  static constexpr int SPAN = 8, V = BLOCK / VL, WIDTH = SPAN * BLOCK;
+  static constexpr int SPAN = 16, V = BLOCK / VL, WIDTH = SPAN * BLOCK;
   // From so many rows on, turning a tile for a matrix product costs less than it saves.
   static constexpr int MANY = 16;
 
@@ -86,6 +95,7 @@ struct DecodeTask {
   const Score& score;
   const Dropout dropout;
   const int64_t group, rows, tiles;  // query heads of a head; queries of all of them; of keys
+  const bool fetch;                  // see AHEAD
   Scratch memory;
   float *q, *s, *key, *turned, *value;  // [rows][LDQ], [rows][WIDTH]; room for one tile
   int64_t b = 0, head = 0;
@@ -98,13 +108,14 @@ struct DecodeTask {
   static int64_t state_size(int64_t rows) { return rows * (LDO + 2); }
   State state(float* at) const { return {at, at + rows * LDO, at + rows * (LDO + 1)}; }
 
-  DecodeTask(const Attention& a, const Score& score)
+  DecodeTask(const Attention& a, const Score& score, bool fetch)
       : a(a),
         score(score),
         dropout(a),
         group(a.H / a.HKV),
         rows(group * a.M),
         tiles((a.N + BLOCK - 1) / BLOCK),
+        fetch(fetch),
         memory(scratch(4 * (rows * (LDQ + WIDTH) + BLOCK * (LDQ + DEPTH + LDO)))) {
     q = (float*)memory.get();
     s = q + rows * LDQ;
@@ -143,8 +154,14 @@ struct DecodeTask {
       step = 4 * LDQ;
     }
     for (int k = 0; k < count; k += 16)
-      for (int64_t r = 0; r < rows; ++r)
-        dots_16<C>(q + r * LDQ, LDQ, rows_of_keys + k * step, step, s + r * WIDTH + at + k);
+      for (int64_t r = 0; r < rows; ++r) {
+        const char* const keys = rows_of_keys + k * step;
+        float* const to = s + r * WIDTH + at + k;
+        if (C::per_unit == 1 && fetch && r == 0)
+          dots_16<C, true>(q, LDQ, keys, step, to);
+        else
+          dots_16<C, false>(q + r * LDQ, LDQ, keys, step, to);
+      }
   }
 
   // Scores of row r in one tile in place of products; lane by lane the largest so far.
@@ -199,13 +216,14 @@ struct DecodeTask {
       const T* const from = (const T*)a.v + b * a.v_stride[0] + head * a.v_stride[1] +
                             list[t] * int64_t(BLOCK) * a.v_stride[2];
       if constexpr (DV % VL == 0) {
-        add_rows<T, 4>(s + t * BLOCK, WIDTH, from, a.v_stride[2], count, state.o, LDO, int(rows),
-                       LDO / VL);
+        const auto add = E::per_unit == 1 && fetch ? add_rows<T, 4, E::per_unit == 1>
+                                                   : add_rows<T, 4, false>;
+        add(s + t * BLOCK, WIDTH, from, a.v_stride[2], count, state.o, LDO, int(rows), LDO / VL);
       } else {
         // Whole vectors would reach past the last row.
         pack_rows<E, F32, DV>(from, a.v_stride[2], count, value, LDO);
-        add_rows<float, 4>(s + t * BLOCK, WIDTH, value, LDO, count, state.o, LDO, int(rows),
-                           LDO / VL);
+        add_rows<float, 4, false>(s + t * BLOCK, WIDTH, value, LDO, count, state.o, LDO, int(rows),
+                                  LDO / VL);
       }
     }
   }
@@ -292,8 +310,9 @@ struct VisitedTiles {
 template <class E, int D, int DV, class Score>
 void attention_decode(const Attention& a, const Score& score, int num_threads) {
   using Task = DecodeTask<E, D, DV, Score>;
-  // Enough shares for many cores, none of less than 8 tiles; no threads for less than 128 KiB.
-  constexpr int64_t SHARES = 64, LEAST = 8, BYTES = int64_t(1) << 17;
+  // Enough shares for many cores, none of less than 8 tiles; no threads for less than 128 KiB. More
+  // than CACHED is not expected to be in a cache.
+  constexpr int64_t SHARES = 64, LEAST = 8, BYTES = int64_t(1) << 17, CACHED = int64_t(16) << 20;
   const int64_t heads = a.B * a.HKV;
   if (heads == 0 || a.H == 0 || a.M == 0) return;
   const VisitedTiles visited(a, Score::needs_bound);
@@ -305,7 +324,7 @@ void attention_decode(const Attention& a, const Score& score, int num_threads) {
   float* const states = (float*)memory.get();
 #pragma omp parallel num_threads(num_threads) if (num_threads > 1 && bytes > BYTES)
   {
-    Task task(a, score);
+    Task task(a, score, bytes > CACHED);
 #pragma omp for schedule(dynamic, 1)
     for (int64_t i = 0; i < heads * shares; ++i) {
       const int64_t map = visited.map(a, i / shares), n = visited.count[map];

@@ -103,8 +103,10 @@ class Refusal:
         node: its softmax, or the ``scaled_dot_product_attention``.
         reason: why, in a sentence without its full stop.
         spelling: how the model writes it, as far as it was read.
+        error: an internal failure, if that is the reason.
     """
 
     node: fx.Node
     reason: str
     spelling: str = ""
+    error: Exception | None = None

@@ -38,13 +38,20 @@ def find_sites(gm: fx.GraphModule, static: StaticValues) -> Iterator[Site | Refu
     for node in list(gm.graph.nodes):
         if node.op != "call_function":
             continue
-        if node.target is aten.scaled_dot_product_attention.default:
-            yield read_fused(facts, node)
-            continue
-        softmax = read_softmax(node)
-        attention = read_decomposed(facts, softmax) if softmax is not None else None
-        if attention is not None:
-            yield attention
+        try:
+            found = _read(facts, node)
+        except Exception as error:
+            reason = f"an internal error: {type(error).__name__}: {error}"
+            found = Refusal(node, reason, error=error)
+        if found is not None:
+            yield found
+
+
+def _read(facts: GraphFacts, node: fx.Node) -> Site | Refusal | None:
+    if node.target is aten.scaled_dot_product_attention.default:
+        return read_fused(facts, node)
+    softmax = read_softmax(node)
+    return None if softmax is None else read_decomposed(facts, softmax)
 
 
 __all__ = ["Leaf", "Refusal", "Site", "find_sites"]

@@ -159,6 +159,12 @@ class Network:
         return Network(kept, tuple(term.summed(indices) for term in self.terms), self.inside)
 
 
+def large_factors(factors: Sequence[Factor]) -> list[Factor]:
+    """Those that depend on more than any other: not a mask or a scale of one of them."""
+    sets = [(factor, set(factor.indices)) for factor in factors if factor.use == "times"]
+    return [factor for factor, own in sets if not any(own < other for _, other in sets)]
+
+
 def leaf(node: fx.Node, use: str = "times") -> Network:
     """A node as the only factor."""
     value = node.meta.get("val")

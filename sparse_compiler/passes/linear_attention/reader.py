@@ -13,7 +13,7 @@ from torch import fx
 
 from sparse_compiler.passes.linear_attention.indices import NotMultilinear, numel
 from sparse_compiler.passes.linear_attention.masks import MaskReader
-from sparse_compiler.passes.linear_attention.network import Network, leaf
+from sparse_compiler.passes.linear_attention.network import Network, large_factors, leaf
 from sparse_compiler.passes.linear_attention.rules import ENDS, IN_PLACE, RULES, SUMS
 from sparse_compiler.passes.linear_attention.views import CASTS, MOVES, RESHAPES, VIEWS, view_of
 from sparse_compiler.static import StaticValues, with_aliases, writes_to
@@ -22,6 +22,9 @@ aten = torch.ops.aten
 
 # A weight stays one when rows of it are picked: the experts of a token, say.
 _PICKS = (aten.index.Tensor, aten.index_select.default, aten.select.int, aten.slice.Tensor)
+
+# Not pointwise, but scores behind them are still scores.
+_PASS_ON = frozenset({*VIEWS, *MOVES, *CASTS, aten.tril.default, aten.triu.default})
 
 
 class Reader:
@@ -128,7 +131,9 @@ class Reader:
         """Remember why scores are no sum of products any more, for the report."""
         name = _name(node).rstrip("_")
         pointwise = torch.Tag.pointwise in getattr(node.target, "tags", ()) or name == "dropout"
-        for source in node.all_input_nodes if pointwise or node.target in VIEWS else ():
+        if not pointwise and node.target not in _PASS_ON:
+            return
+        for source in node.all_input_nodes:
             if source in self.obstacles:
                 self.obstacles[node] = self.obstacles[source]
             elif pointwise and _is_score(self.read(source)):
@@ -155,7 +160,9 @@ def ends_here(node: fx.Node, network: Network) -> bool:
         assert isinstance(source, fx.Node)
         causal = any(term.causal for term in network.terms)
         return not causal and node.meta["val"].shape != source.meta["val"].shape
-    return any(len(term.bound) > 1 for term in network.terms) and not is_wide(network, 2.0)
+    sums = [term for term in network.terms if len(term.bound) > 1]
+    whole = any(len(large_factors(term.factors)) > 2 for term in sums)
+    return whole or (bool(sums) and not is_wide(network, 2.0))
 
 
 def _is_score(network: Network) -> bool:

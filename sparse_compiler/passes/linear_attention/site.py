@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import fx
@@ -16,7 +16,7 @@ from sparse_compiler.passes.linear_attention.cost import (
     written_work,
 )
 from sparse_compiler.passes.linear_attention.indices import Index, hint, numel
-from sparse_compiler.passes.linear_attention.network import Factor, Network
+from sparse_compiler.passes.linear_attention.network import Factor, Network, large_factors
 from sparse_compiler.passes.linear_attention.plan import (
     Chunked,
     Product,
@@ -65,17 +65,11 @@ class Root:
     @property
     def is_output(self) -> bool:
         """Whether queries, keys and values are all in it; a normaliser has no values."""
-        return any(len(_large(term.factors)) > 2 for term in self.network.terms)
+        return any(len(large_factors(term.factors)) > 2 for term in self.network.terms)
 
     @property
     def factors(self) -> list[Factor]:
         return [factor for term in self.network.terms for factor in term.factors]
-
-
-def _large(factors: Sequence[Factor]) -> list[Factor]:
-    """The factors that no other one covers."""
-    sets = [(factor, set(factor.indices)) for factor in factors if factor.use == "times"]
-    return [f for f, own in sets if not any(own < other for _, other in sets)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +141,7 @@ class Site:
         roots = {root.node for root in self.roots}
         for node in self.dying:
             for term in reader.read(node).terms if node not in roots else ():
-                large = _large(term.factors)
+                large = large_factors(term.factors)
                 sizes = [numel(factor.indices) for factor in large]
                 if len(sizes) > 1 and math.prod(map(hint, node.meta["val"].shape)) < min(sizes):
                     return True
