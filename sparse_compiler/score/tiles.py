@@ -29,6 +29,7 @@ EMPTY, PARTIAL, FULL = 0, 1, 2
 # Tiles, and elements of leaves that q and k both index, that are looked at together.
 _TILES, _ELEMENTS = 2**18, 2**24
 _LARGEST = torch.finfo(torch.float32).max
+_ROUNDING = 2.0**-20
 
 
 def classify(
@@ -186,8 +187,10 @@ class _Dead:
             for ranges in (self._grid.static, self._grid.measured):
                 high = ranges.ends(one)[1]
                 if high < math.inf:  # and so a number
+                    # Next to a large bound the limit is lost to rounding: leave room for that.
+                    rest = limit - high - abs(high) * _ROUNDING
                     # Even with -inf the sum is low only if the other one is not infinite.
-                    found.append(self(other, min(limit - high, _LARGEST)))
+                    found.append(self(other, _LARGEST if high == -math.inf else rest))
                     break
         return disjoin(found[0], found[-1]) if found else None
 

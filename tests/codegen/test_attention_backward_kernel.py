@@ -477,7 +477,7 @@ def test_gradients_with_narrower_vectors(isa, **case):
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("isa", [512, 256, 0])
-@settings(max_examples=400)
+@settings(max_examples=150)
 @cases
 def test_gradients_thoroughly(isa, dtype, **case):
     with forced(isa):

@@ -18,6 +18,7 @@ import sparse_compiler
 from sparse_compiler import backend
 from sparse_compiler.region import Region
 from sparse_compiler.static import is_mutated, mutated_nodes
+from tests.helpers import compiled
 
 ALWAYS = {"selection": "always", "on_error": "raise"}
 
@@ -447,6 +448,36 @@ def test_an_unknown_setting_of_inductor():
 
 
 @pytest.mark.filterwarnings("ignore")
+class _Square(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        return 3 * x * grad  # not what autograd would find
+
+
+def test_autograd_functions_keep_their_backward(records):
+    first, second = nn.Linear(64, 64), nn.Linear(64, 64)
+    torch.nn.utils.prune.custom_from_mask(second, "weight", torch.rand(64, 64) < 0.2)
+
+    def loss(x: torch.Tensor) -> torch.Tensor:
+        return second(_Square.apply(first(x))).square().sum()
+
+    x, weights = torch.randn(5, 64), [first.weight, second.weight_orig]
+    want = torch.autograd.grad(loss(x), weights)
+    got = torch.autograd.grad(compiled(loss)(x), weights)
+    for mine, right in zip(got, want, strict=True):
+        torch.testing.assert_close(mine, right, rtol=1e-4, atol=1e-4)
+    assert "torch.autograd.Function" in records[0].rewrites[0].reason
+    with torch.no_grad():
+        compiled(loss)(x)
+    assert any(rewrite.applied for rewrite in records[1].rewrites)
+
+
 def test_checkpointed_blocks_stay_dense_and_say_why(records):
     layer = nn.Linear(16, 16)
     layer.weight.data *= torch.rand(16, 16) < 0.2

@@ -480,6 +480,8 @@ def test_mask_that_is_a_buffer() -> None:
 
 def test_mask_that_is_a_buffer_of_another_size() -> None:
     site = only_site(NanoGPT(), X, dynamic=True)
+    score = f"(where (ne (load 0 f32 0 0 q k) 0.0) (mul s {SCALE!r}) -inf)"
+    assert to_text(site.score) == score
     assert site.leaves[0].kind == "static"
     assert tuple(site.leaves[0].node.meta["val"].shape) == (1, 1, 32, 32)
 

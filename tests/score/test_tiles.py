@@ -313,6 +313,14 @@ def test_functions_that_kernels_round_differently_decide_nothing_close():
     assert classify(where(le(seven, 7.1 + 63), S, -INF), [], (), 1, 1, 1, 64).item() == FULL
 
 
+def test_large_floats_that_cancel_are_not_empty():
+    """3.4e38 + s - 3.4e38 is about 0, however low the last term is."""
+    mask = torch.full((1, 64, 64), LOWEST)
+    read = load(0, "f32", B, Q, K)
+    score = add(add(S, mul(read, -1.0)), read)
+    assert classify(score, [mask], (), 1, 1, 64, 64).item() != EMPTY
+
+
 def test_large_integers_are_not_mixed_up():
     """Two ids that are one double precision number are not the same document."""
     ids = torch.tensor([[2**53, 2**53 + 1]]).repeat_interleave(64, 1)

@@ -10,8 +10,8 @@
 // densely, as in attention_forward.h.
 namespace sc {
 
-// Rows of keys or values to ask for ahead of time where they come from memory: fp32 rows are used up
-// faster than the hardware fetches them by itself. In caches it only costs.
+// Rows of keys or values to ask for ahead of time where they come from memory: fp32 rows are used
+// up faster than the hardware fetches them by itself. In caches it only costs.
 constexpr int AHEAD = 32;
 
 // s[0 .. 16) = one row of `units` against 16 rows of keys, `step` bytes apart, four at a time.
@@ -70,11 +70,11 @@ inline void add_rows(const float* weights, int64_t weights_row, const T* values,
   for (; r + R <= rows; r += R) {
     int v = 0;
     for (; v + 4 <= nv; v += 4)
-      add_block<T, R, 4, FETCH>(weights + r * weights_row, weights_row, values + v * VL, stride, keys,
-                         o + r * ldo + v * VL, ldo);
+      add_block<T, R, 4, FETCH>(weights + r * weights_row, weights_row, values + v * VL, stride,
+                                keys, o + r * ldo + v * VL, ldo);
     for (; v < nv; ++v)
-      add_block<T, R, 1, FETCH>(weights + r * weights_row, weights_row, values + v * VL, stride, keys,
-                         o + r * ldo + v * VL, ldo);
+      add_block<T, R, 1, FETCH>(weights + r * weights_row, weights_row, values + v * VL, stride,
+                                keys, o + r * ldo + v * VL, ldo);
   }
   if constexpr (R > 1)
     if (r < rows)
@@ -82,7 +82,8 @@ inline void add_rows(const float* weights, int64_t weights_row, const T* values,
                                 o + r * ldo, ldo, rows - r, nv);
 }
 
-template <class E, int D, int DV, class Score>
+// FETCH: see AHEAD.
+template <class E, int D, int DV, class Score, bool FETCH>
 struct DecodeTask {
   using C = Compute<E>;
   using T = typename E::T;
@@ -95,7 +96,6 @@ struct DecodeTask {
   const Score& score;
   const Dropout dropout;
   const int64_t group, rows, tiles;  // query heads of a head; queries of all of them; of keys
-  const bool fetch;                  // see AHEAD
   Scratch memory;
   float *q, *s, *key, *turned, *value;  // [rows][LDQ], [rows][WIDTH]; room for one tile
   int64_t b = 0, head = 0;
@@ -108,14 +108,13 @@ struct DecodeTask {
   static int64_t state_size(int64_t rows) { return rows * (LDO + 2); }
   State state(float* at) const { return {at, at + rows * LDO, at + rows * (LDO + 1)}; }
 
-  DecodeTask(const Attention& a, const Score& score, bool fetch)
+  DecodeTask(const Attention& a, const Score& score)
       : a(a),
         score(score),
         dropout(a),
         group(a.H / a.HKV),
         rows(group * a.M),
         tiles((a.N + BLOCK - 1) / BLOCK),
-        fetch(fetch),
         memory(scratch(4 * (rows * (LDQ + WIDTH) + BLOCK * (LDQ + DEPTH + LDO)))) {
     q = (float*)memory.get();
     s = q + rows * LDQ;
@@ -125,8 +124,9 @@ struct DecodeTask {
   }
 
   uint8_t kind(int64_t member, int64_t tile) const {
+    const int64_t h = head * group + member;
     return dense ? uint8_t(PARTIAL)
-                 : a.kinds[b * a.kinds_stride[0] + (head * group + member) * a.kinds_stride[1] + tile];
+                 : a.kinds[b * a.kinds_stride[0] + h * a.kinds_stride[1] + tile];
   }
 
   void select(int64_t i, bool densely) {
@@ -155,12 +155,8 @@ struct DecodeTask {
     }
     for (int k = 0; k < count; k += 16)
       for (int64_t r = 0; r < rows; ++r) {
-        const char* const keys = rows_of_keys + k * step;
-        float* const to = s + r * WIDTH + at + k;
-        if (C::per_unit == 1 && fetch && r == 0)
-          dots_16<C, true>(q, LDQ, keys, step, to);
-        else
-          dots_16<C, false>(q + r * LDQ, LDQ, keys, step, to);
+        dots_16<C, FETCH>(q + r * LDQ, LDQ, rows_of_keys + k * step, step,
+                          s + r * WIDTH + at + k);
       }
   }
 
@@ -216,9 +212,8 @@ struct DecodeTask {
       const T* const from = (const T*)a.v + b * a.v_stride[0] + head * a.v_stride[1] +
                             list[t] * int64_t(BLOCK) * a.v_stride[2];
       if constexpr (DV % VL == 0) {
-        const auto add = E::per_unit == 1 && fetch ? add_rows<T, 4, E::per_unit == 1>
-                                                   : add_rows<T, 4, false>;
-        add(s + t * BLOCK, WIDTH, from, a.v_stride[2], count, state.o, LDO, int(rows), LDO / VL);
+        add_rows<T, 4, FETCH>(s + t * BLOCK, WIDTH, from, a.v_stride[2], count, state.o, LDO,
+                              int(rows), LDO / VL);
       } else {
         // Whole vectors would reach past the last row.
         pack_rows<E, F32, DV>(from, a.v_stride[2], count, value, LDO);
@@ -250,7 +245,8 @@ struct DecodeTask {
       into.sum[r] = into.sum[r] * x + from.sum[r] * y;
       for (int i = 0; i < LDO; i += VL) {
         float* const place = into.o + r * LDO + i;
-        store<VL>(place, fma<VL>(load<VL>(from.o + r * LDO + i), vf<VL>{} + y, load<VL>(place) * x));
+        const vf<VL> more = load<VL>(from.o + r * LDO + i);
+        store<VL>(place, fma<VL>(more, vf<VL>{} + y, load<VL>(place) * x));
       }
     }
   }
@@ -271,7 +267,7 @@ struct DecodeTask {
   }
 };
 
-// The tiles that some query head of a head of keys visits, for every map there is, then all of them.
+// The tiles that some query head of a head of keys visits, for every map there is, then all.
 struct VisitedTiles {
   int64_t tiles, maps;
   bool by_batch, by_head;
@@ -307,24 +303,21 @@ struct VisitedTiles {
   const int32_t* all() const { return list.get() + maps * tiles; }
 };
 
-template <class E, int D, int DV, class Score>
-void attention_decode(const Attention& a, const Score& score, int num_threads) {
-  using Task = DecodeTask<E, D, DV, Score>;
-  // Enough shares for many cores, none of less than 8 tiles; no threads for less than 128 KiB. More
-  // than CACHED is not expected to be in a cache.
-  constexpr int64_t SHARES = 64, LEAST = 8, BYTES = int64_t(1) << 17, CACHED = int64_t(16) << 20;
+template <class E, int D, int DV, class Score, bool FETCH>
+void decode_shares(const Attention& a, const Score& score, const VisitedTiles& visited,
+                   int num_threads) {
+  using Task = DecodeTask<E, D, DV, Score, FETCH>;
+  // Enough shares for many cores, none of less than 8 tiles.
+  constexpr int64_t SHARES = 64, LEAST = 8;
   const int64_t heads = a.B * a.HKV;
-  if (heads == 0 || a.H == 0 || a.M == 0) return;
-  const VisitedTiles visited(a, Score::needs_bound);
   const int64_t shares = std::max<int64_t>(
       1, std::min((SHARES + heads - 1) / heads, (visited.most + LEAST - 1) / LEAST));
   const int64_t size = Task::state_size(a.H / a.HKV * a.M);
-  const int64_t bytes = heads * visited.most * BLOCK * (D + DV) * int64_t(sizeof(typename E::T));
   const Scratch memory = scratch(4 * heads * shares * size);
   float* const states = (float*)memory.get();
-#pragma omp parallel num_threads(num_threads) if (num_threads > 1 && bytes > BYTES)
+#pragma omp parallel num_threads(num_threads) if (num_threads > 1)
   {
-    Task task(a, score, bytes > CACHED);
+    Task task(a, score);
 #pragma omp for schedule(dynamic, 1)
     for (int64_t i = 0; i < heads * shares; ++i) {
       const int64_t map = visited.map(a, i / shares), n = visited.count[map];
@@ -342,6 +335,20 @@ void attention_decode(const Attention& a, const Score& score, int num_threads) {
       task.finish(task.state(first), visited.all());
     }
   }
+}
+
+template <class E, int D, int DV, class Score>
+void attention_decode(const Attention& a, const Score& score, int num_threads) {
+  // No threads for so few bytes; more than CACHED are not expected to be in a cache.
+  constexpr int64_t FEW = int64_t(1) << 17, CACHED = int64_t(16) << 20;
+  const int64_t heads = a.B * a.HKV;
+  if (heads == 0 || a.H == 0 || a.M == 0) return;
+  const VisitedTiles visited(a, Score::needs_bound);
+  const int64_t bytes = heads * visited.most * BLOCK * (D + DV) * int64_t(sizeof(typename E::T));
+  const int threads = bytes > FEW ? num_threads : 1;
+  if constexpr (E::per_unit == 1)
+    if (bytes > CACHED) return decode_shares<E, D, DV, Score, true>(a, score, visited, threads);
+  decode_shares<E, D, DV, Score, false>(a, score, visited, threads);
 }
 
 }  // namespace sc

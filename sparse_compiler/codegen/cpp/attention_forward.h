@@ -1,14 +1,14 @@
 // attention_forward: softmax(score(q k^T)) v for many queries, over the tiles that are not empty.
 //
 // Keys and values are packed once, tile by tile (attention_math.h), and looked through for NaN and
-// infinities. A task is one tile of BLOCK queries of one head. It takes up to CHUNK tiles of keys at
-// a time, and for each ROWS of its queries: all products of these rows and keys, one maximum, exp,
-// the weighted sum of values, so that scores stay in L1 and keys and values in L2. Between chunks
-// sums are rescaled (online softmax). In partial tiles vectors of keys that are masked for all of the
-// ROWS queries are left out like empty tiles.
+// infinities. A task is one tile of BLOCK queries of one head. It takes up to CHUNK tiles of keys
+// at a time, and for each ROWS of its queries: all products of these rows and keys, one maximum,
+// exp, the weighted sum of values, so that scores stay in L1 and keys and values in L2. Between
+// chunks sums are rescaled (online softmax). In partial tiles vectors of keys that are masked for
+// all of the ROWS queries are left out like empty tiles.
 // Exactness: a query tile is computed densely (every tile PARTIAL) where a skipped weight might not
-// be 0: keys or values of its head that are not finite; with finite fills, rows whose scores are all
-// so low that a fill counts, or products past the bound that tiles were classified for.
+// be 0: keys or values of its head that are not finite; with finite fills, rows whose scores are
+// all so low that a fill counts, or products past the bound that tiles were classified for.
 namespace sc {
 
 // Keys and values of some heads, packed: [heads][tiles]. Tiles nobody visits stay unpacked.
@@ -144,8 +144,8 @@ struct ForwardTask {
   }
 
   // Narrows a partial tile to the vectors of keys that some of the rows see: a masked score is the
-  // same whatever the product, even NaN. True of scores whose conditions do not ask for the product,
-  // as those of trivial ones do not. Whether anything was left out.
+  // same whatever the product, even NaN. True of scores whose conditions do not ask for the
+  // product, as those of trivial ones do not. Whether anything was left out.
   bool narrow(int64_t row, int n, Part& part) const {
     part.begin = 0;
     part.end = V;
@@ -223,7 +223,8 @@ struct ForwardTask {
           for (int v = parts[t].begin; v < parts[t].end; ++v) store<VL>(from + v * VL, weight(v));
         } else {
           uint16_t* const narrow = (uint16_t*)from;
-          for (int v = parts[t].begin; v < parts[t].end; ++v) store_bf16(narrow + v * VL, weight(v));
+          for (int v = parts[t].begin; v < parts[t].end; ++v)
+            store_bf16(narrow + v * VL, weight(v));
         }
       }
       sum[row + r] += reduce<VL>(total);
@@ -269,8 +270,8 @@ struct ForwardTask {
     weigh(s, row, n, parts, some, base);
     for (int t = 0; t < some; ++t) {
       const int start = parts[t].begin * (VL / C::per_unit);
-      gemm<LDO / VL, C>(s + t * ROWS * BLOCK + start, BLOCK, 1, parts[t].value + start * LDO, LDO, to,
-                        LDO, n, parts[t].end * (VL / C::per_unit) - start, true);
+      gemm<LDO / VL, C>(s + t * ROWS * BLOCK + start, BLOCK, 1, parts[t].value + start * LDO, LDO,
+                        to, LDO, n, parts[t].end * (VL / C::per_unit) - start, true);
     }
   }
 
@@ -291,7 +292,8 @@ struct ForwardTask {
         skipped |= kind == EMPTY;
         if (kind == EMPTY) continue;
         const int64_t i = (head - heads.first) * heads.tiles + tile;
-        const float *key = heads.keys + i * Heads::K_SIZE, *value = heads.values + i * Heads::V_SIZE;
+        const float* key = heads.keys + i * Heads::K_SIZE;
+        const float* value = heads.values + i * Heads::V_SIZE;
         if (!heads.ok[i]) {
           float* const own = missing + some * (Heads::K_SIZE + Heads::V_SIZE);
           heads.pack(head, tile, own, own + Heads::K_SIZE, buffer);

@@ -113,7 +113,7 @@ inline vf<L> exp(vf<L> x) {
   // that its product with n is exact without a fused operation, too.
   const vf<L> shifted = x * 1.44269504f + 12582912.f, n = shifted - 12582912.f;
   const vf<L> r = fma<L>(n, all(2.12194440e-4f), fma<L>(n, all(-0.693359375f), x));
-  // 2^n in two steps, since it may be subnormal where the result is. The low bits of `shifted` are n.
+  // 2^n in two steps, since it may be subnormal where the result is. Low bits of `shifted` are n.
   using I = typename VecOf<int32_t, L>::type;
   const I whole = (I)shifted - 0x4b400000, half = whole >> 1;
   return polynomial(r) * (vf<L>)((half + 127) << 23) * (vf<L>)((whole - half + 127) << 23);
@@ -168,8 +168,8 @@ inline void gemm_rows(const float* a, int64_t a_row, int64_t a_col, const float*
 }
 
 // c[r][n] (+)= sum over k < depth of a[r * a_row + k * a_col] * b[k * ldb + n], for r < rows and
-// n < nv * VL; all in units. 8 x 2 vectors at a time keep a product a cycle going with 32 registers,
-// 4 x 3 with 16.
+// n < nv * VL; all in units. 8 x 2 vectors at a time keep a product a cycle going with 32
+// registers, 4 x 3 with 16.
 template <class E>
 inline void gemm_wide(const float* a, int64_t a_row, int64_t a_col, const float* b, int64_t ldb,
                       float* c, int64_t ldc, int rows, int nv, int depth, bool accumulate) {
@@ -327,7 +327,8 @@ inline void pack_summed(const typename E::T* from, int64_t stride, int rows, flo
   }
 }
 
-// Dropout keeps weight (b, h, q, k) where mix(row ^ k * 0x9e3779b1) >= p * 2^32, all in 32 bits, with
+// Dropout keeps weight (b, h, q, k) where mix(row ^ k * 0x9e3779b1) >= p * 2^32 (p as a float, the
+// right side rounded down and at most 2^32 - 1), all in 32 bits, with
 //   row = mix(mix(mix(mix(seed % 2^32) ^ seed / 2^32) ^ (b * H + h)) ^ q)
 //   mix(x): x ^= x >> 16, x *= 0x7feb352d, x ^= x >> 15, x *= 0x846ca68b, x ^= x >> 16
 // and multiplies what it keeps by 1 / (1 - p).
@@ -397,7 +398,8 @@ struct Rows {
     const float shift = sum == 0.f ? a.empty : 0.f;
     factor = sum == 0.f ? 1.f : factor / sum;
     for (int i = 0; i < padded(DV); i += VL) store<VL>(o + i, load<VL>(o + i) * factor + shift);
-    T* const to = (T*)a.out + b * a.out_stride[0] + h * a.out_stride[1] + (q0 + r) * a.out_stride[2];
+    const int64_t* const stride = a.out_stride;
+    T* const to = (T*)a.out + b * stride[0] + h * stride[1] + (q0 + r) * stride[2];
     store_some(to, o, DV);
     if (a.lse) a.lse[(b * a.H + h) * a.M + q0 + r] = sum == 0.f ? -INFINITY : most + std::log(sum);
   }

@@ -176,7 +176,10 @@ def assemble(
     learned = [leaf.node.name for leaf in used if leaf.kind == "learned"]
     if len(learned) > 1:
         raise NotLiftable(f"gradients flow into more than one bias: {', '.join(learned)}")
-    region = _with_own_inputs(region)
+    sink = rest.get("sink")
+    read = {leaf.node for leaf in (*used, *([sink] if sink else []))}
+    read |= {way.node for way in (operands.query, operands.key, operands.value)}
+    region = _with_own_inputs(region, read)
     reason = Region.of(region).why_not_movable(fresh=True)
     if reason is not None:
         raise NotLiftable(reason)
@@ -198,17 +201,18 @@ def assemble(
     )
 
 
-def _with_own_inputs(region: Sequence[fx.Node]) -> list[fx.Node]:
+def _with_own_inputs(region: Sequence[fx.Node], read: set[fx.Node]) -> list[fx.Node]:
     """A region, and what is made for it alone and written to in place on the way.
 
-    ``torch.tensor(fill)`` is detached in place; masks are filled in place.
+    ``torch.tensor(fill)`` is detached in place; masks are filled in place. What the rewrite still
+    reads stays outside.
     """
     inside = set(region)
     for node in Region.of(region).inputs:
         made = with_aliases([node])
         users = {user for item in made for user in item.users}
         written = is_mutated(node) and all(item.op == "call_function" for item in made)
-        if written and users <= inside | made:
+        if written and users <= inside | made and not made & read:
             inside |= made
     return sorted(inside)
 

@@ -252,7 +252,9 @@ class Lifter:
         if is_choice(lifted):
             return lifted
         square = lifted.depends_on("q") and lifted.depends_on("k")
-        if square and not only_reads(lifted):
+        known = all(self.leaves[x.slot].kind in ("static", "constant") for x in lifted.loads())
+        # A buffer is recognised; what is computed from it in each call is not.
+        if square and ((known and self.facts.kind(node) == "runtime") or not only_reads(lifted)):
             return lifted
         read = self._leaf(node, index)
         # An element for each query and key is read only if one of the parts has as many.
