@@ -1,17 +1,27 @@
-"""All benchmarks: `python -m benchmarks` (20 minutes), or with `--full` (hours)."""
+"""All benchmarks: `python -m benchmarks` (40 minutes), or with `--full` (hours)."""
 
 import argparse
 import time
 
-from benchmarks import end_to_end, harness, linear, training
+from benchmarks import (
+    attention,
+    attention_models,
+    end_to_end,
+    harness,
+    linear,
+    linear_attention,
+    training,
+)
 from benchmarks.cells import DTYPES, PATTERNS, ROWS, SHAPES, ZEROS, grid, quick_cells
+
+_ALL = ("linear", "training", "attention", "linear_attention", "attention_models", "end_to_end")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     harness.add_arguments(parser)
-    parser.add_argument("--full", action="store_true", help="the whole grid of linear layers")
-    parser.add_argument("--only", default="linear,end_to_end,training", help="comma-separated")
+    parser.add_argument("--full", action="store_true", help="the whole grids")
+    parser.add_argument("--only", default=",".join(_ALL), help="comma-separated")
     arguments = parser.parse_args()
     if arguments.full and arguments.quick:
         parser.error("--full and --quick contradict each other")
@@ -22,6 +32,12 @@ def main() -> None:
         linear.run(list(cells), rounds=arguments.rounds, keep=arguments.keep)
     if "training" in names:
         training.run(arguments.rounds, arguments.keep)
+    if "attention" in names:
+        attention.run(arguments.rounds, arguments.keep, arguments.full)
+    if "linear_attention" in names:
+        linear_attention.run(arguments.rounds, arguments.keep)
+    if "attention_models" in names:
+        attention_models.run(arguments.rounds, arguments.keep, arguments.full)
     if "end_to_end" in names:
         repeats = 3 if arguments.full else 1
         end_to_end.run(arguments.rounds, repeats, arguments.keep)

@@ -141,9 +141,10 @@ def canonicalize_dynamo(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx
 
 def _is_autograd_function(node: fx.Node) -> bool:
     """Whether a node applies a ``torch.autograd.Function``, whose backward tracing would lose."""
-    operator = node.target
-    is_operator = isinstance(operator, torch._ops.HigherOrderOperator)
-    return is_operator and operator.name() == "autograd_function_apply"
+    called = node.target
+    if not isinstance(called, torch._ops.HigherOrderOperator):
+        return False
+    return called.name() == "autograd_function_apply"
 
 
 def readable_source(source: str) -> str:

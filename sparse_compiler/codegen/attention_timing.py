@@ -8,6 +8,7 @@ dense attention costs the same for every query.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -15,16 +16,28 @@ import torch
 import torch.nn.functional as F
 
 from sparse_compiler.codegen import attention as kernels
-from sparse_compiler.score.cost import AttentionProblem
+from sparse_compiler.score.cost import AttentionProblem, sparse_ms
 
 Run = Callable[[], None]
 # Scores that one dense run may compute.
 _MOST_PAIRS = 2**25
+# Above this many milliseconds one head is timed for all of them.
+_LONG_MS = 300.0
 
 
-def contestants(problem: AttentionProblem) -> tuple[Run, Run, float]:
-    """Dense and sparse, and what the dense time has to be multiplied by."""
+def contestants(problem: AttentionProblem) -> tuple[Run, Run, float, float]:
+    """Dense and sparse, and what each one's time has to be multiplied by."""
     kernels.register_all()
+    heads = 1
+    if sparse_ms(problem) > _LONG_MS:
+        heads = problem.batch * problem.kv_heads
+        problem = dataclasses.replace(
+            problem,
+            batch=1,
+            heads=problem.heads // problem.kv_heads,
+            kv_heads=1,
+            kinds=problem.kinds[:1, : problem.heads // problem.kv_heads].contiguous(),
+        )
     p = problem
     q = torch.randn(p.batch, p.queries, p.heads, p.head_dim).to(p.dtype).transpose(1, 2)
     k = torch.randn(p.batch, p.keys, p.kv_heads, p.head_dim).to(p.dtype).transpose(1, 2)
@@ -36,7 +49,8 @@ def contestants(problem: AttentionProblem) -> tuple[Run, Run, float]:
     return (
         _step(p, functools.partial(dense, p, mask), (q[:, :, :rows], k, v)),
         _step(p, functools.partial(_tiles, p), (q, k, v)),
-        p.queries / rows,
+        heads * p.queries / rows,
+        heads,
     )
 
 

@@ -159,9 +159,12 @@ class KernelTemplate(CppTemplate):
             aliases.append(source.get_name())
             epilogues.extend(epilogue_nodes)
             output = epilogue_nodes[-1]
-            target, reindexers = gen_2d_view_of_epilogue_buf(
-                output, product, epilogue_nodes, reindexers, [None] * len(epilogue_nodes)
-            )
+            # One by one: taken together, only the last one's shape would count.
+            for node in epilogue_nodes:
+                buffer: Any = node
+                target, reindexers = gen_2d_view_of_epilogue_buf(
+                    buffer, product, [node], reindexers, [None]
+                )
         tile = ir.Buffer(
             name="tile",
             layout=ir.FixedLayout(torch.device("cpu"), torch.float32, list(self.kernel.tile)),

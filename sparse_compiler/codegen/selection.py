@@ -104,9 +104,9 @@ class MeasuringSelector:
         if found is None:
             if self._budget <= 0:
                 return Decision(None, _NO_TIME)
-            dense, sparse, scale = attention_timing.contestants(problem)
+            dense, sparse, *scales = attention_timing.contestants(problem)
             (before, after), seconds = _race([dense], [sparse])
-            found = before * scale, after
+            found = before * scales[0], after * scales[1]
             self._budget -= seconds
             _cache().put(key, found)
         ratio = found[0] / found[1]

@@ -157,7 +157,7 @@ def test_one_dynamic_graph_serves_many_batches(seen):
             inputs = {"input_ids": tokens(batch, length), "use_cache": False}
             assert_same(dict(fast(**inputs)), dict(model(**inputs)))
     assert seen.graphs == 1
-    assert len(seen.applied) == 14
+    assert sum(rewrite.kind == "linear" for rewrite in seen.applied) == 14
 
 
 def test_decoding_with_a_static_cache_gives_the_same_tokens(seen):

@@ -58,6 +58,8 @@ class Attention(Pass):
             self.context.rewrites.append(rewrite)
             if isinstance(found, Refusal):
                 rewrite.reason = found.reason
+                if found.error is not None:
+                    self.context.failed(rewrite, found.error)
                 continue
             try:
                 self._consider(gm, found, static, rewrite)
