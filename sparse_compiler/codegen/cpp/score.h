@@ -116,8 +116,18 @@ inline typename Lanes<T>::type load_row(const Leaf<T, R>& leaf, int64_t row, int
   typename Lanes<T>::type v{};
   const int64_t n = leaf.size[R - 1], step = leaf.stride[R - 1];
   const T* const p = leaf.data + row;
-  if constexpr (std::is_same<T, float>::value)
+  if constexpr (std::is_same<T, float>::value) {
     if (step == 1 && count == VL && first >= 0 && first + VL <= n) return load<VL>(p + first);
+  } else if constexpr (std::is_same<T, bool>::value || std::is_same<T, int64_t>::value ||
+                       std::is_same<T, int32_t>::value) {
+    if (step == 1 && count == VL && first >= 0 && first + VL <= n) {
+      using Stored = typename std::conditional<std::is_same<T, bool>::value, int8_t, T>::type;
+      typename VecOf<Stored, VL>::type raw;
+      std::memcpy(&raw, p + first, sizeof(raw));
+      const auto lanes = __builtin_convertvector(raw, typename Lanes<T>::type);
+      return std::is_same<T, bool>::value ? -lanes : lanes;
+    }
+  }
   for (int i = 0; i < count; ++i) {
     const auto x = element(p + Leaf<T, R>::within(first + i, n) * step);
     v[i] = std::is_same<T, bool>::value ? -int(x) : x;
