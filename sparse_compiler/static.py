@@ -227,6 +227,17 @@ def writes_to(node: fx.Node) -> list[fx.Node]:
     return found
 
 
+def arguments(node: fx.Node) -> dict[str, Any]:
+    """A call's arguments by name, defaults included; nothing for what is no ATen operator."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return {}
+    schema = node.target._schema.arguments
+    named = {a.name: a.default_value for a in schema if a.has_default_value()}
+    named.update(zip([a.name for a in schema], node.args, strict=False))
+    named.update(node.kwargs)
+    return named
+
+
 def _bound(node: fx.Node) -> list[Any]:
     """A node's arguments in the order of its schema."""
     assert isinstance(node.target, torch._ops.OpOverload)

@@ -36,6 +36,8 @@ _STORED_BITS = {"bool": 1, "u8": 8, "i8": 8, "i16": 16, "i32": 32, "i64": 64}
 _INFIX = {"add": "+", "sub": "-", "mul": "*", "div": "/"}
 _COMPARE = {"lt": "<", "le": "<=", "gt": ">", "ge": ">=", "eq": "==", "ne": "!="}
 _LOGIC = {"and": "&", "or": "|", "xor": "^"}
+# Operators of two numbers that have no vector form.
+_LANEWISE = {"floordiv": "floor_div(x, y)", "mod": "floor_mod(x, y)", "pow": "std::pow(x, y)"}
 # Float functions: the C++ name for a scalar, and for a vector where there is one.
 _FUNCTIONS = {
     "exp": ("std::exp", "exp<VL>"),
@@ -321,12 +323,7 @@ class _Emitter:
             if vector:
                 return self._name(f"{texts[0]} < 0.f ? -{texts[0]} : {texts[0]}", "float", True)
             return self._name(f"std::fabs({texts[0]})", "float", False)
-        if op in ("floordiv", "mod"):
-            body = "std::floor(x / y)" if op == "floordiv" else "x - std::floor(x / y) * y"
-        elif op == "pow":
-            body = "std::pow(x, y)"
-        else:
-            raise NotImplementedError(f"the score operator {op!r} has no C++ form")
+        body = _LANEWISE[op]
         function = f"[](float x, float y) {{ return float({body}); }}"
         text = (
             f"each({texts[0]}, {texts[1]}, {function})"
@@ -357,13 +354,11 @@ class _Emitter:
             sign = "<" if op == "min" else ">"
             text = f"{texts[0]} {sign} {texts[1]} ? {texts[0]} : {texts[1]}"
             return self._name(text, "int", vector, needed)
-        if op in ("floordiv", "mod"):
-            function = "floor_div" if op == "floordiv" else "floor_mod"
-            if not vector:
-                return self._name(f"{function}({texts[0]}, {texts[1]})", "int", False, needed)
-            body = f"[](int64_t x, int64_t y) {{ return {function}(x, y); }}"
-            return self._name(f"each({texts[0]}, {texts[1]}, {body})", "int", True, needed)
-        raise NotImplementedError(f"the score operator {op!r} has no C++ form")
+        function = _LANEWISE[op].removesuffix("(x, y)")
+        if not vector:
+            return self._name(f"{function}({texts[0]}, {texts[1]})", "int", False, needed)
+        body = f"[](int64_t x, int64_t y) {{ return {function}(x, y); }}"
+        return self._name(f"each({texts[0]}, {texts[1]}, {body})", "int", True, needed)
 
     def _load(self, node: Expr) -> Value:
         slot, dtype, index = node.slot, node.dtype, node.operands

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import ctypes
 import dataclasses
 import functools
@@ -23,7 +24,7 @@ S_BOUND = 4096.0
 _LARGEST_FACTOR = 2**12
 
 
-class Intervals:
+class Intervals(abc.ABC):
     """Intervals and truths of expressions, found once for each distinct one.
 
     Subclasses say what leaves can be, in ``leaf`` and ``leaf_truth``.
@@ -33,13 +34,13 @@ class Intervals:
         self._intervals: dict[Expr, Interval] = {}
         self._truths: dict[Expr, Truth] = {}
 
+    @abc.abstractmethod
     def leaf(self, expr: Expr) -> Interval | None:
         """What an int or float expression can be, None to find out from its operands."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def leaf_truth(self, expr: Expr) -> Truth | None:
         """What is known of a bool expression, None to find out from its operands."""
-        raise NotImplementedError
 
     def careful(self, expr: Expr) -> bool:
         """Whether operands of ``expr`` may be infinite, so that it may not be a number."""

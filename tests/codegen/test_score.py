@@ -37,6 +37,7 @@ SCORES = [
     "(where (xor (le k q) (gt (add k 5) q)) s (relu (sub s 1.0)))",
     "(where (gt (mul (load 0 i64 b k) 4294967296) (load 0 i64 b q)) s -inf)",
     "(pow (add (mul s s) 1.0) 0.5)",
+    "(add (floordiv s 0.1) (mod s -0.3))",
 ]
 LEAVES = [
     torch.arange(BATCH * KEYS).view(BATCH, KEYS) // 7,

@@ -51,7 +51,8 @@ class Lifted:
         values = self._values(inputs)
         leaves = [values[leaf.node] for leaf in self.leaves]
         got = evaluate(self.expr, torch.zeros(SIZES), leaves, [], *SIZES)
-        assert torch.equal(got, want.expand(SIZES).to(got.dtype)), to_text(self.expr)
+        self.values, self.wanted = got, want.expand(SIZES).to(got.dtype)
+        assert torch.equal(self.values, self.wanted), to_text(self.expr)
         for load in self.expr.loads():
             self._check_range(load, leaves)
 
@@ -420,8 +421,11 @@ def test_views(chain: list[Callable[[T], T]]) -> None:
             x = view(x)
         return x.reshape(QUERIES, KEYS)
 
-    Lifted(lambda: moved(torch.arange(48).view(6, 8)))
-    Lifted(moved, torch.randn(6, 8))
+    for lifted in (
+        Lifted(lambda: moved(torch.arange(48).view(6, 8))),
+        Lifted(moved, torch.randn(6, 8)),
+    ):
+        assert torch.equal(lifted.values, lifted.wanted)
 
 
 # Arithmetic: any expression of positions and of what tensors hold.
@@ -470,4 +474,8 @@ def formulas(draw: st.DrawFn) -> Callable[[T, T], T]:
 @settings(max_examples=60)
 @given(formulas())
 def test_formulas(formula: Callable[[T, T], T]) -> None:
-    Lifted(lambda ids, keep: formula(ids, keep).expand(SIZES[0], 1, *SIZES[2:]), ids(), keep())
+    def expanded(ids: T, keep: T) -> T:
+        return formula(ids, keep).expand(SIZES[0], 1, *SIZES[2:])
+
+    lifted = Lifted(expanded, ids(), keep())
+    assert torch.equal(lifted.values, lifted.wanted)

@@ -52,6 +52,18 @@ inline int64_t floor_div(int64_t a, int64_t b) {
   return q - (q * b != a && (a < 0) != (b < 0));
 }
 inline int64_t floor_mod(int64_t a, int64_t b) { return b == 0 ? 0 : a - floor_div(a, b) * b; }
+// Of floats as Python has them, too: the remainder is exact, and the quotient follows from it.
+inline float floor_mod(float a, float b) {
+  const float rest = std::fmod(a, b);
+  return rest != 0.f && (b < 0.f) != (rest < 0.f) ? rest + b : rest;
+}
+inline float floor_div(float a, float b) {
+  if (b == 0.f) return a / b;
+  const float rest = std::fmod(a, b);
+  const float whole = (a - rest) / b - float(rest != 0.f && (b < 0.f) != (rest < 0.f));
+  const float down = std::floor(whole);
+  return whole - down > 0.5f ? down + 1.f : down;
+}
 
 // As torch: NaN wins.
 inline float minimum(float a, float b) { return a != a || a < b ? a : b; }

@@ -22,7 +22,6 @@ from sparse_compiler.derived import derive
 from sparse_compiler.ops.attention import flat
 from sparse_compiler.passes.attention.example import example_tensor, hint
 from sparse_compiler.passes.attention.found import Refusal, Site
-from sparse_compiler.passes.attention.lift_views import arguments
 from sparse_compiler.passes.attention.settle import Settled, remake, settle
 from sparse_compiler.passes.attention.site import find_sites
 from sparse_compiler.passes.base import Pass, PassContext, Rewrite, module_path
@@ -32,7 +31,7 @@ from sparse_compiler.score import patterns, tiles
 from sparse_compiler.score.cost import AttentionProblem
 from sparse_compiler.score.expr import to_text
 from sparse_compiler.score.fill import fill_of
-from sparse_compiler.static import StaticValues, combine
+from sparse_compiler.static import StaticValues, arguments, combine
 
 aten = torch.ops.aten
 ops = torch.ops.sparse_compiler
@@ -238,6 +237,8 @@ def _refuse(site: Site, settled: Settled) -> str | None:
     for size in (site.head_dim, site.value_dim):
         if not isinstance(size, int) or not 1 <= size <= _MOST_DIM:
             return f"its heads have {size} channels: the kernels take up to {_MOST_DIM}"
+    if any(leaf.dtype == "f16" for leaf in settled.leaves):
+        return "its mask is float16, which no kernel loads: write it as bool or float32"
     fused = site.node.target is aten.scaled_dot_product_attention.default
     if fused and arguments(site.node)["is_causal"]:
         return "PyTorch's own kernel skips what is_causal=True masks"

@@ -24,11 +24,12 @@ from sparse_compiler.passes.attention.facts import GraphFacts
 from sparse_compiler.passes.attention.found import Refusal, Site
 from sparse_compiler.passes.attention.indices import Indices
 from sparse_compiler.passes.attention.lift import Lifter
-from sparse_compiler.passes.attention.lift_views import Index, arguments
+from sparse_compiler.passes.attention.lift_views import Index
 from sparse_compiler.passes.attention.symbols import NotLiftable, sizes_of
 from sparse_compiler.score import expr as e
 from sparse_compiler.score.expr import B, Expr, H, K, Q, S
 from sparse_compiler.score.node import ZERO
+from sparse_compiler.static import arguments
 
 aten = torch.ops.aten
 

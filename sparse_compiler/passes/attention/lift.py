@@ -21,7 +21,7 @@ from sparse_compiler.passes.attention.facts import GraphFacts
 from sparse_compiler.passes.attention.indices import Indices
 from sparse_compiler.passes.attention.leaves import LOADS, Leaf, is_plain
 from sparse_compiler.passes.attention.lift_values import converted
-from sparse_compiler.passes.attention.lift_views import Index, aligned, arguments, schema_name
+from sparse_compiler.passes.attention.lift_views import Index, aligned, schema_name
 from sparse_compiler.passes.attention.reads import (
     covers,
     holds,
@@ -33,6 +33,7 @@ from sparse_compiler.passes.attention.symbols import NotLiftable, sizes_of, symb
 from sparse_compiler.score import expr as e
 from sparse_compiler.score.expr import B, Expr, H, K, Q
 from sparse_compiler.score.node import ZERO
+from sparse_compiler.static import arguments
 
 aten = torch.ops.aten
 

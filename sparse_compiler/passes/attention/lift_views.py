@@ -17,6 +17,7 @@ from sparse_compiler.passes.attention.indices import Indices
 from sparse_compiler.passes.attention.symbols import NotLiftable, sizes_of, symbolic
 from sparse_compiler.score.expr import Expr, add, const, mul, sub
 from sparse_compiler.score.node import ZERO
+from sparse_compiler.static import arguments
 
 Index = tuple[Expr, ...]
 Place = tuple[fx.Node, Index]
@@ -31,20 +32,6 @@ def schema_name(node: fx.Node) -> str:
         return ""
     name = str(node.target._schema.name).removeprefix("aten::")
     return name if name.endswith("__") else name.removesuffix("_")
-
-
-def arguments(node: fx.Node) -> dict[str, Any]:
-    """A call's arguments by name, with defaults."""
-    assert isinstance(node.target, torch._ops.OpOverload)
-    given: dict[str, Any] = {}
-    for place, argument in enumerate(node.target._schema.arguments):
-        if place < len(node.args):
-            given[argument.name] = node.args[place]
-        elif argument.name in node.kwargs:
-            given[argument.name] = node.kwargs[argument.name]
-        elif argument.has_default_value():
-            given[argument.name] = argument.default_value
-    return given
 
 
 def source(indices: Indices, node: fx.Node, index: Index) -> Place | None:

@@ -14,7 +14,8 @@ from collections.abc import Iterator
 import torch
 from torch import fx
 
-from sparse_compiler.passes.attention.lift_views import arguments, schema_name
+from sparse_compiler.passes.attention.lift_views import schema_name
+from sparse_compiler.static import arguments
 
 aten = torch.ops.aten
 

@@ -35,7 +35,6 @@ from sparse_compiler.derived import PLAIN, has_version
 from sparse_compiler.passes.base import Pass, Rewrite
 from sparse_compiler.passes.dead_channels.cost import Gain, group_gain
 from sparse_compiler.passes.dead_channels.cover import Witnesses, find_dead
-from sparse_compiler.passes.dead_channels.dims import arguments
 from sparse_compiler.passes.dead_channels.finite import may_be_infinite
 from sparse_compiler.passes.dead_channels.group import Group, Layer, find_layers, grow
 from sparse_compiler.passes.dead_channels.rewrite import Cut, Plan, region_of, static_nodes
@@ -43,7 +42,7 @@ from sparse_compiler.passes.dead_channels.rows import cut_rows
 from sparse_compiler.passes.dead_channels.weights import Values, zero_slices
 from sparse_compiler.passes.verify import verifier
 from sparse_compiler.region import replace_region
-from sparse_compiler.static import StaticValues
+from sparse_compiler.static import StaticValues, arguments
 
 # Below this share of dead channels nothing is gained that could be measured.
 LEAST_SHARE = 0.02

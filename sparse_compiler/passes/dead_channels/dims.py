@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from sparse_compiler.static import arguments
+
 aten = torch.ops.aten
 
 
@@ -63,17 +65,6 @@ KINDS: dict[Any, str] = {
     aten.matmul.default: "product",
     aten.bmm.default: "product",
 }
-
-
-def arguments(node: fx.Node) -> dict[str, Any]:
-    """A call's arguments by name, defaults included."""
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return {}
-    schema = node.target._schema.arguments
-    named = {a.name: a.default_value for a in schema if a.has_default_value()}
-    named.update(zip([a.name for a in schema], node.args, strict=False))
-    named.update(node.kwargs)
-    return named
 
 
 def shape(node: fx.Node) -> tuple[Any, ...]:

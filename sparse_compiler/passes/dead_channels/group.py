@@ -19,14 +19,13 @@ from sparse_compiler.passes.contraction import Contraction, find_contractions
 from sparse_compiler.passes.dead_channels.dims import (
     KINDS,
     Axis,
-    arguments,
     operand_axis,
     operator_name,
     refuse_operator,
     result_axis,
     shape,
 )
-from sparse_compiler.static import StaticValues
+from sparse_compiler.static import StaticValues, arguments
 
 aten = torch.ops.aten
 _CONVOLUTIONS = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)

@@ -13,7 +13,6 @@ from sparse_compiler.derived import Derived, DoesNotFit, derive
 from sparse_compiler.passes.dead_channels.cover import Witnesses, find_dead
 from sparse_compiler.passes.dead_channels.dims import (
     Axis,
-    arguments,
     operand_axis,
     operator_name,
     shape,
@@ -21,7 +20,7 @@ from sparse_compiler.passes.dead_channels.dims import (
 from sparse_compiler.passes.dead_channels.group import Group, Layer, Step
 from sparse_compiler.passes.dead_channels.weights import Values
 from sparse_compiler.region import Builder, Region
-from sparse_compiler.static import StaticExpression, StaticValues, combine
+from sparse_compiler.static import StaticExpression, StaticValues, arguments, combine
 
 aten = torch.ops.aten
 

@@ -23,8 +23,8 @@ from sparse_compiler.passes.linear_attention.triangles import (
     complement,
     triangle_of,
 )
-from sparse_compiler.passes.linear_attention.views import CASTS, MOVES, VIEWS, arguments, view_of
-from sparse_compiler.static import StaticValues, mutated_nodes
+from sparse_compiler.passes.linear_attention.views import CASTS, MOVES, VIEWS, view_of
+from sparse_compiler.static import StaticValues, arguments, mutated_nodes
 
 aten = torch.ops.aten
 

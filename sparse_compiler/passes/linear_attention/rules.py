@@ -20,7 +20,8 @@ from sparse_compiler.passes.linear_attention.network import (
     multiplied,
 )
 from sparse_compiler.passes.linear_attention.running import Reads
-from sparse_compiler.passes.linear_attention.views import CASTS, arguments
+from sparse_compiler.passes.linear_attention.views import CASTS
+from sparse_compiler.static import arguments
 
 aten = torch.ops.aten
 

@@ -12,7 +12,7 @@ from sparse_compiler.passes.linear_attention.indices import Index, NotMultilinea
 from sparse_compiler.passes.linear_attention.masks import MaskReader
 from sparse_compiler.passes.linear_attention.network import Causal, Network, Term, multiplied
 from sparse_compiler.passes.linear_attention.triangles import band
-from sparse_compiler.passes.linear_attention.views import arguments
+from sparse_compiler.static import arguments
 
 aten = torch.ops.aten
 

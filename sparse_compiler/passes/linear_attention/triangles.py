@@ -11,8 +11,8 @@ from torch import fx
 
 from sparse_compiler.passes.linear_attention.indices import Dims, Index, NotMultilinear, same
 from sparse_compiler.passes.linear_attention.network import Causal, leaf
-from sparse_compiler.passes.linear_attention.views import CASTS, MOVES, VIEWS, arguments, view_of
-from sparse_compiler.static import StaticExpression
+from sparse_compiler.passes.linear_attention.views import CASTS, MOVES, VIEWS, view_of
+from sparse_compiler.static import StaticExpression, arguments
 
 aten = torch.ops.aten
 

@@ -16,22 +16,9 @@ from sparse_compiler.passes.linear_attention.indices import (
     same,
     viewed,
 )
+from sparse_compiler.static import arguments
 
 aten = torch.ops.aten
-
-
-def arguments(node: fx.Node) -> dict[str, Any]:
-    """A call's arguments by name, with defaults."""
-    assert isinstance(node.target, torch._ops.OpOverload)
-    given: dict[str, Any] = {}
-    for place, argument in enumerate(node.target._schema.arguments):
-        if place < len(node.args):
-            given[argument.name] = node.args[place]
-        elif argument.name in node.kwargs:
-            given[argument.name] = node.kwargs[argument.name]
-        elif argument.has_default_value():
-            given[argument.name] = argument.default_value
-    return given
 
 
 def view_of(node: fx.Node, dims: Dims) -> tuple[Dims, Renaming]:
