@@ -1,7 +1,5 @@
 """Attention without softmax: every spelling, against float64 eager; and what is left alone."""
 
-import functools
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,277 +7,32 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from sparse_compiler.canonical import canonicalize
-from sparse_compiler.formats.cost import AlwaysSelector
-from sparse_compiler.options import Options
-from sparse_compiler.passes import PassContext
-from sparse_compiler.passes.linear_attention import LinearAttention
 from tests.helpers import compiled, count, listening
-
-CHUNK = 64
-
-
-class Model(nn.Module):
-    """A function of tensors as a module, with its buffers."""
-
-    def __init__(self, function, **buffers):
-        super().__init__()
-        self.function = function
-        for name, buffer in buffers.items():
-            self.register_buffer(name, buffer)
-
-    def forward(self, *args):
-        return self.function(*args, **dict(self.named_buffers()))
-
-
-def linearized(function, *args, dynamic=None, **options):
-    """The graph with the pass applied, and the verdicts; every rewrite is verified."""
-    model = function if isinstance(function, nn.Module) else Model(function)
-    if dynamic is not None:
-        program = torch.export.export(model, args, dynamic_shapes=dynamic, strict=False)
-        graph = canonicalize(program)
-    else:
-        graph = canonicalize(model, *args)
-    wanted = {"selection": "always", "on_error": "raise", "verify": True, **options}
-    context = PassContext(Options.parse(wanted), False, AlwaysSelector())
-    result = LinearAttention(context)(graph)
-    assert result.modified == any(rewrite.applied for rewrite in context.rewrites)
-    return result.graph_module, context.rewrites
-
-
-def the_only(rewrites):
-    assert len(rewrites) == 1, [rewrite.reason for rewrite in rewrites]
-    return rewrites[0]
-
-
-def inputs(n, d=8, e=12, *, batch=2, heads=3, keys=None, dtype=torch.float64, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    sizes = ((n, d), (keys or n, d), (keys or n, e))
-    return [torch.randn(batch, heads, *s, generator=generator).to(dtype) for s in sizes]
-
-
-def assert_same(graph, function, args, bound=1e-11):
-    """Values and gradients, relative to the largest of each."""
-    leaves = [[x.clone().requires_grad_() for x in args] for _ in range(2)]
-    want, got = function(*leaves[0]), graph(*leaves[1])
-    assert got.shape == want.shape and got.dtype == want.dtype
-    direction = torch.randn_like(want)
-    wanted = torch.autograd.grad(want, leaves[0], direction)
-    gotten = torch.autograd.grad(got, leaves[1], direction)
-    for x, y in zip((want, *wanted), (got, *gotten), strict=True):
-        scale = float(x.detach().abs().max())
-        assert (x - y).abs().max() <= bound * max(scale, 1e-3)
-
-
-# ---- feature maps: whatever the model computes before the products
-
-
-def elu(x):
-    return F.elu(x) + 1
-
-
-def relu(x):
-    return F.relu(x) + 1e-3
-
-
-def random_features(x):
-    projection = torch.linspace(-1, 1, 20 * x.shape[-1], dtype=x.dtype).sin().view(20, -1)
-    return torch.exp(x @ projection.mT - x.square().sum(-1, keepdim=True) / 2) + 1e-4
-
-
-def taylor(x):
-    square = (x.unsqueeze(-1) * x.unsqueeze(-2)).flatten(-2) / 2**0.5
-    return torch.cat([torch.ones_like(x[..., :1]), x, square], -1)
-
-
-def softmaxed(x):
-    return x.softmax(-1)
-
-
-FEATURES = [elu, relu, random_features, taylor, softmaxed]
-
-
-# ---- spellings over all keys
-
-
-def matmul(q, k, v):
-    return (q @ k.transpose(-2, -1)) @ v
-
-
-def matmul_scaled(q, k, v):
-    return (q * 0.5) @ k.mT * 0.25 @ v / 3
-
-
-def bmm_views(q, k, v):
-    b, h, n, _ = q.shape
-    scores = torch.bmm(q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2)).view(b, h, n, -1)
-    return torch.bmm(scores.reshape(b * h, n, -1), v.flatten(0, 1)).view(b, h, n, -1)
-
-
-def baddbmm(q, k, v):
-    b, h, _, d = q.shape
-    flat = [x.reshape(b * h, x.shape[2], -1) for x in (q, k, v)]
-    scores = torch.baddbmm(flat[0].new_empty(1), flat[0], flat[1].mT, beta=0, alpha=d**-0.5)
-    return (scores @ flat[2]).unflatten(0, (b, h))
-
-
-def einsum_normalised(q, k, v):
-    scores = torch.einsum("bhid,bhjd->bhij", q, k)
-    weights = scores / (scores.sum(-1, keepdim=True) + 1e-6)
-    return torch.einsum("bhij,bhje->bhie", weights, v)
-
-
-def divided_after(q, k, v):
-    scores = torch.einsum("...id,...jd->...ij", q, k)
-    total = scores.sum(dim=-1).clamp(min=1e-6)
-    return (scores @ v) / total[..., None]
-
-
-def normaliser_of_sums(q, k, v):
-    total = torch.einsum("bhnd,bhd->bhn", q, k.sum(2)) + 1e-6
-    return (q @ k.mT) @ v / total.unsqueeze(-1)
-
-
-def one_einsum(q, k, v):
-    return torch.einsum("bhid,bhjd,bhje->bhie", q, k, v)
-
-
-def positions_first(q, k, v):
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    scores = torch.einsum("blhd,bshd->bhls", q, k)
-    return torch.einsum("bhls,bshe->blhe", scores, v).transpose(1, 2)
-
-
-def plus_one(q, k, v):
-    scores = 1 + q @ k.mT
-    return scores @ v / scores.sum(-1, keepdim=True)
-
-
-def masked_keys(q, k, v):
-    valid = torch.arange(k.shape[2]) < k.shape[2] - 2
-    scores = (q @ k.mT).masked_fill(~valid, 0.0)
-    return scores @ v / (scores.sum(-1, keepdim=True) + 1e-6)
-
-
-def columns_normalised(q, k, v):
-    scores = q @ k.mT
-    return (scores / (scores.sum(-2, keepdim=True) + 1e-6)) @ v
-
-
-ALL_KEYS = [
-    matmul,
-    matmul_scaled,
-    bmm_views,
-    baddbmm,
-    einsum_normalised,
+from tests.passes.linear_attention_spellings import (
+    ALL_KEYS,
+    CAUSAL,
+    CHUNK,
+    FEATURES,
+    Model,
+    assert_same,
     divided_after,
-    normaliser_of_sums,
-    one_einsum,
-    positions_first,
-    plus_one,
-    masked_keys,
-    columns_normalised,
-]
-
-
-# ---- causal spellings
-
-
-def tril(q, k, v):
-    return torch.tril(q @ k.mT) @ v
-
-
-def tril_strict(q, k, v):
-    return torch.einsum("bhij,bhje->bhie", torch.einsum("bhid,bhjd->bhij", q, k).tril(-1), v)
-
-
-def mask_multiplied(q, k, v):
-    n = q.shape[-2]
-    scores = (q @ k.mT) * torch.tril(torch.ones(n, n, dtype=q.dtype))
-    return scores @ v / (scores.sum(-1, keepdim=True) + 1e-6)
-
-
-def mask_filled(q, k, v):
-    n = q.shape[-2]
-    mask = torch.triu(torch.ones(n, n), diagonal=1).bool()
-    scores = (q @ k.mT).masked_fill(mask, 0)
-    return (scores / (scores.sum(-1, keepdim=True) + 1e-6)) @ v
-
-
-def positions_compared(q, k, v):
-    position = torch.arange(q.shape[-2])
-    scores = torch.where(position[:, None] >= position[None, :], q @ k.mT / 8, 0.0)
-    return (scores / scores.sum(-1, keepdim=True).clamp(min=1e-6)) @ v
-
-
-def padded_and_causal(q, k, v):
-    n = q.shape[-2]
-    valid = (torch.arange(n) != 1)[None, None, None, :]
-    mask = torch.ones(n, n, dtype=torch.bool).tril() & valid
-    scores = (q @ k.mT).masked_fill(~mask, 0.0)
-    return scores @ v / (scores.sum(-1, keepdim=True) + 1e-6)
-
-
-def running_sums(q, k, v):
-    states = torch.einsum("...nd,...ne->...nde", k, v).cumsum(-3)
-    total = torch.einsum("...nd,...nd->...n", q, k.cumsum(-2) + 1e-6)
-    return torch.einsum("...nde,...nd,...n->...ne", states, q, 1.0 / total)
-
-
-def running_sums_multiplied(q, k, v):
-    states = (k.unsqueeze(-1) * v.unsqueeze(-2)).cumsum(dim=2)
-    total = (q * k.cumsum(dim=2)).sum(-1, keepdim=True)
-    return torch.einsum("bntd,bntdh->bnth", q, states) / (total + 1e-6)
-
-
-def running_sums_matmul(q, k, v):
-    states = torch.cumsum(k[..., :, None] @ v[..., None, :], dim=2)
-    total = (q.unsqueeze(-2) @ k.cumsum(2).unsqueeze(-1)).squeeze(-1)
-    return (q.unsqueeze(-2) @ states).squeeze(-2) / (total + 1e-6)
-
-
-def running_sums_summed(q, k, v):
-    states = (k.unsqueeze(-1) * v.unsqueeze(-2)).cumsum(2)
-    return (q.unsqueeze(-1) * states).sum(-2)
-
-
-def running_sums_before(q, k, v):
-    states = torch.einsum("bhnd,bhne->bhnde", k, v).cumsum(2)
-    states = F.pad(states, (0, 0, 0, 0, 1, 0))[:, :, :-1]
-    return torch.einsum("bhnd,bhnde->bhne", q, states)
-
-
-def buckets_of_one(q, k, v):
-    # As linear-attention-transformer does with its default blind spot.
-    q, k, v = (x.reshape(*x.shape[:2], -1, 1, x.shape[-1]) for x in (q, k, v))
-    sums = k.sum(dim=-2).cumsum(dim=-2)
-    context = torch.einsum("bhund,bhune->bhude", k, v).cumsum(dim=-3)
-    inverse = 1.0 / torch.einsum("bhud,bhund->bhun", sums, q).clamp(min=1e-3)
-    return torch.einsum("bhund,bhude,bhun->bhune", q, context, inverse).flatten(2, 3)
-
-
-CAUSAL = [
-    tril,
-    tril_strict,
-    mask_multiplied,
+    einsum_normalised,
+    elu,
+    featured,
+    inputs,
+    linearized,
     mask_filled,
-    positions_compared,
+    mask_multiplied,
+    matmul,
     padded_and_causal,
+    plus_one,
+    relu,
     running_sums,
-    running_sums_multiplied,
-    running_sums_matmul,
-    running_sums_summed,
     running_sums_before,
-    buckets_of_one,
-]
-
-
-def featured(spelling, features):
-    def function(q, k, v):
-        return spelling(features(q), features(k), v)
-
-    function.__name__ = f"{spelling.__name__}_{features.__name__}"
-    return function
+    running_sums_summed,
+    the_only,
+    tril,
+)
 
 
 @pytest.mark.parametrize("spelling", ALL_KEYS, ids=lambda f: f.__name__)
@@ -484,127 +237,6 @@ def test_a_state_is_carried_from_one_piece_to_the_next():
     assert_same(graph, function, args)
 
 
-# ---- masks
-
-
-def masked_by(make):
-    def function(q, k, v):
-        return (q @ k.mT).masked_fill(make(q.shape[-2]), 0.0) @ v
-
-    return function
-
-
-def position(n):
-    return torch.arange(n)
-
-
-LATER = {
-    "not tril": lambda n: ~torch.ones(n, n, dtype=torch.bool).tril(),
-    "logical_not": lambda n: torch.logical_not(torch.tril(torch.ones(n, n))),
-    "tril == 0": lambda n: torch.tril(torch.ones(n, n)) == 0,
-    "tril != 1": lambda n: torch.tril(torch.ones(n, n)) != 1,
-    "1 - tril": lambda n: (1 - torch.tril(torch.ones(n, n))).bool(),
-    "triu": lambda n: torch.triu(torch.ones(n, n, dtype=torch.bool), 1),
-    "full": lambda n: torch.full((n, n), True).triu(1),
-    "j > i": lambda n: position(n)[None, :] > position(n)[:, None],
-    "i < j": lambda n: position(n).unsqueeze(1) < position(n).unsqueeze(0),
-    "i - j < 0": lambda n: (position(n)[:, None] - position(n)[None]) < 0,
-    "not i >= j": lambda n: ~(position(n).view(-1, 1) >= position(n).view(1, -1)),
-    "i + 1 <= j": lambda n: position(n)[:, None] + 1 <= position(n)[None],
-    "4-d": lambda n: torch.ones(1, 1, n, n).tril().expand(2, 3, n, n) < 1,
-}
-
-
-@pytest.mark.parametrize("name", LATER)
-def test_causal_masks_are_proved(name):
-    function = masked_by(LATER[name])
-    args = inputs(130)
-    graph, rewrites = linearized(function, *args)
-    assert the_only(rewrites).applied and the_only(rewrites).pattern == "causal"
-    assert_same(graph, function, args)
-
-
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda n: torch.triu(torch.ones(n, n, dtype=torch.bool), 2),
-        lambda n: torch.triu(torch.ones(n, n, dtype=torch.bool), -3),
-        lambda n: position(n)[None] >= position(n)[:, None] + 2,
-        lambda n: (
-            (position(n)[None] > position(n)[:, None])
-            | (position(n)[None] < position(n)[:, None] - 9)
-        ),
-        lambda n: position(n)[None] % 2 == position(n)[:, None] % 2,
-        lambda n: position(n)[None] // 4 > position(n)[:, None] // 4,
-    ],
-)
-def test_other_masks_are_not_taken_for_causal(make):
-    function = masked_by(make)
-    args = inputs(130)
-    graph, rewrites = linearized(function, *args)
-    rewrite = the_only(rewrites)
-    assert not rewrite.applied
-    assert "cannot be shown to be causal" in rewrite.reason
-    assert torch.equal(graph(*args), function(*args))
-
-
-def test_later_keys_only():
-    function = masked_by(lambda n: torch.ones(n, n, dtype=torch.bool).tril(-1))
-    _, rewrites = linearized(function, *inputs(130))
-    assert the_only(rewrites).reason == (
-        "each query sums over the positions behind it, not over those before it"
-    )
-
-
-def test_a_buffer_holds_the_mask():
-    def function(q, k, v, bias):
-        n = q.shape[-2]
-        scores = (q @ k.mT).masked_fill(bias[:, :, :n, :n] == 0, 0.0)
-        return scores @ v
-
-    bias = torch.tril(torch.ones(256, 256)).view(1, 1, 256, 256)
-    args = inputs(200)
-    graph, rewrites = linearized(Model(function, bias=bias), *args)
-    assert the_only(rewrites).applied
-    assert_same(graph, functools.partial(function, bias=bias), args)
-    (derived,) = graph.meta["derived"]
-    derived.remake(bias[:, :, :200, :200] == 0)
-    with pytest.raises(Exception, match="not causal any more"):
-        derived.remake(bias[:, :, :200, :200] == 1)
-
-
-def test_a_buffer_of_dynamic_length():
-    def function(q, k, v, bias):
-        n = q.shape[-2]
-        return (q @ k.mT).masked_fill(~bias[:n, :n], 0.0) @ v
-
-    class Masked(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.register_buffer("bias", torch.ones(2048, 2048, dtype=torch.bool).tril())
-
-        def forward(self, q, k, v):
-            return function(q, k, v, self.bias)
-
-    n = torch.export.Dim("n", min=2, max=2047)
-    graph, rewrites = linearized(Masked(), *inputs(200), dynamic=({2: n},) * 3)
-    assert the_only(rewrites).applied
-    for length in (5, 64, 333, 2047):
-        args = inputs(length)
-        want = function(*args, torch.ones(2048, 2048, dtype=torch.bool).tril())
-        assert (graph(*args) - want).abs().max() <= 1e-12 * want.abs().max()
-
-
-def test_a_buffer_that_is_no_triangle():
-    def function(q, k, v, mask):
-        return (q @ k.mT) * mask @ v
-
-    mask = torch.tril(torch.ones(100, 100, dtype=torch.float64))
-    mask[50, 3] = 0
-    _, rewrites = linearized(Model(function, mask=mask), *inputs(100))
-    assert "multiplied by mask" in the_only(rewrites).reason
-
-
 # ---- what is left alone, and why
 
 
@@ -613,7 +245,8 @@ def through(change):
 
 
 def decayed(q, k, v):
-    distance = position(q.shape[-2])[:, None] - position(q.shape[-2])[None]
+    position = torch.arange(q.shape[-2])
+    distance = position[:, None] - position[None]
     return (q @ k.mT) * (0.9**distance).tril() @ v
 
 
