@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from sparse_compiler.errors import UnsupportedError
 from sparse_compiler.score import tiles
 from sparse_compiler.score.evaluate import evaluate
 from sparse_compiler.score.expr import B, H, K, Q, load, parse, to_text
@@ -311,6 +312,36 @@ def _backward(ctx: Any, grad: torch.Tensor, _: torch.Tensor | None) -> tuple[Any
     return dq, dk, dv, None, grads, no_integers, for_sink, None, *[None] * len(ctx.literals)
 
 
+def _save_inference(
+    ctx: Any,
+    inputs: tuple[Any, ...],
+    keyword_only_inputs: dict[str, str],
+    output: torch.Tensor,
+) -> None:
+    q, k, v, kinds, leaves, integers, sink, seed, *literals = inputs
+    ctx.leaves, ctx.learned = len(leaves), any(leaf.requires_grad for leaf in leaves)
+    ctx.integers, ctx.literals, ctx.named = integers, literals, keyword_only_inputs
+    ctx.save_for_backward(q, k, v, kinds, sink, seed, *leaves)
+
+
+def _backward_of_inference(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+    """Gradients of a graph that was made for inference: its rows' sums are computed again."""
+    if ctx.learned:
+        raise UnsupportedError(
+            "this attention was rewritten for inference, where a learned bias gets no gradient: "
+            "run the pass with PassContext(training=True)."
+        )
+    q, k, v, kinds, sink, seed, *leaves = ctx.saved_tensors
+    call = (q, k, v, kinds, leaves, ctx.integers, sink, seed, *ctx.literals, -1)
+    operators = torch.ops.sparse_compiler
+    out, lse = operators.attention_training(*call, **ctx.named)
+    dq, dk, dv, dsink, _ = operators.attention_backward(grad, out, lse, *call, **ctx.named)
+    for_sink = None if sink is None else _summed(dsink, sink)
+    no_integers: list[None] | None = None if ctx.integers else []
+    nothing = [None] * len(ctx.literals)
+    return dq, dk, dv, None, [None] * ctx.leaves, no_integers, for_sink, None, *nothing
+
+
 def _summed(grad: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """A gradient over all pairs, summed to the shape that was broadcast."""
     return grad.sum_to_size(like.shape).to(like.dtype)
@@ -318,4 +349,10 @@ def _summed(grad: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 torch.library.register_autograd(
     "sparse_compiler::attention_training", _backward, setup_context=_save, lib=LIBRARY
+)
+torch.library.register_autograd(
+    "sparse_compiler::attention",
+    _backward_of_inference,
+    setup_context=_save_inference,
+    lib=LIBRARY,
 )

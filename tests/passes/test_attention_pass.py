@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparse_compiler.canonical import canonicalize
+from sparse_compiler.errors import UnsupportedError
 from sparse_compiler.formats.cost import AlwaysSelector, ModelSelector
 from sparse_compiler.options import Options
 from sparse_compiler.passes import Attention, PassContext, Rewrite
@@ -150,3 +151,23 @@ def test_fuel():
     _, rewrites = rewritten(Masked("padding"), *args, fuel=1)
     assert [rewrite.applied for rewrite in rewrites] == [True, False]
     assert "fuel" in rewrites[1].reason
+
+
+@pytest.mark.parametrize("spelling", ["bool mask", "finfo.min"])
+def test_a_graph_that_was_made_for_inference_has_gradients(spelling):
+    model, args = Masked(spelling), inputs(torch.float32)
+    graph, _ = rewritten(model, *args)
+    leaves = [[x.clone().requires_grad_() for x in args] for _ in range(2)]
+    want, got = model(*leaves[0]), graph(*leaves[1])
+    direction = torch.randn_like(want)
+    wanted = torch.autograd.grad(want, leaves[0], direction)
+    found = torch.autograd.grad(got, leaves[1], direction)
+    for right, mine in zip(wanted, found, strict=True):
+        torch.testing.assert_close(mine, right, rtol=1e-4, atol=1e-5)
+
+
+def test_a_learned_bias_asks_for_a_graph_made_for_training():
+    model, args = Masked("bias"), inputs()
+    graph, _ = rewritten(model, *args)
+    with pytest.raises(UnsupportedError, match="training=True"):
+        graph(*args).sum().backward()
