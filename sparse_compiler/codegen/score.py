@@ -42,6 +42,7 @@ _LANEWISE = {"floordiv": "floor_div(x, y)", "mod": "floor_mod(x, y)", "pow": "st
 _FUNCTIONS = {
     "exp": ("std::exp", "exp<VL>"),
     "tanh": ("tanh_", "tanh_"),
+    "erf": ("std::erf", "erf_"),
     "sigmoid": ("sigmoid", "sigmoid"),
     "log": ("std::log", None),
     "sqrt": ("std::sqrt", None),

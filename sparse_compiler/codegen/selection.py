@@ -22,8 +22,15 @@ from pathlib import Path
 import torch
 
 from sparse_compiler.codegen import attention_timing, cpp, inductor, native
+from sparse_compiler.dispatch import MoeProblem
 from sparse_compiler.formats import bitmap, csr, masked
-from sparse_compiler.formats.cost import Comparison, Decision, LinearProblem, candidates
+from sparse_compiler.formats.cost import (
+    Comparison,
+    Decision,
+    LinearProblem,
+    ModelSelector,
+    candidates,
+)
 from sparse_compiler.memory import gathered
 from sparse_compiler.passes.base import log
 from sparse_compiler.score.cost import AttentionProblem
@@ -115,6 +122,10 @@ class MeasuringSelector:
             return Decision("tiles", reason, ratio, *found)
         why = f"dense is faster or as fast: {reason}, {self._min_speedup:.2f}x is wanted"
         return Decision(None, why, ratio, *found)
+
+    def dispatch(self, problem: MoeProblem) -> Decision:
+        """See ``Selector``."""
+        return ModelSelector(min_speedup=self._min_speedup).dispatch(problem)
 
 
 def _attention_key(problem: AttentionProblem) -> str:

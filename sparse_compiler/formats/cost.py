@@ -10,6 +10,7 @@ import dataclasses
 
 import torch
 
+from sparse_compiler.dispatch import MoeProblem, routed_ms, written_ms
 from sparse_compiler.formats.pattern import Pattern
 from sparse_compiler.score import cost as attention_cost
 from sparse_compiler.score.cost import AttentionProblem
@@ -168,6 +169,15 @@ class ModelSelector(Roofline):
             return Decision("tiles", reason, ratio, dense, sparse)
         return Decision(None, f"not faster: {reason}", ratio, dense, sparse)
 
+    def dispatch(self, problem: MoeProblem) -> Decision:
+        """See ``Selector``."""
+        written, routed = written_ms(problem), routed_ms(problem)
+        ratio = written / routed
+        reason = f"the roofline model expects {ratio:.2f}x at {problem.tokens} tokens"
+        if ratio >= self.min_speedup:
+            return Decision("routed", reason, ratio, written, routed)
+        return Decision(None, f"not faster: {reason}", ratio, written, routed)
+
 
 @dataclasses.dataclass(frozen=True)
 class AlwaysSelector(Roofline):
@@ -180,3 +190,7 @@ class AlwaysSelector(Roofline):
     def attend(self, problem: AttentionProblem) -> Decision:
         """See ``Selector``."""
         return Decision("tiles", 'selection="always" measures nothing')
+
+    def dispatch(self, problem: MoeProblem) -> Decision:
+        """See ``Selector``."""
+        return Decision("routed", 'selection="always" measures nothing')

@@ -1,5 +1,5 @@
 """The operators that passes put into graphs; importing this package registers them."""
 
-from sparse_compiler.ops import linear
+from sparse_compiler.ops import linear, moe
 
-__all__ = ["linear"]
+__all__ = ["linear", "moe"]

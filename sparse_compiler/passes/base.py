@@ -19,6 +19,7 @@ from torch import fx
 from torch.fx.passes.infra.pass_base import PassResult
 
 from sparse_compiler.derived import drop_unused
+from sparse_compiler.dispatch import MoeProblem
 from sparse_compiler.errors import PassError, SparseCompilerError
 from sparse_compiler.formats.cost import Comparison, Decision, LinearProblem, ModelSelector
 from sparse_compiler.options import Options
@@ -84,6 +85,10 @@ class Selector(Protocol):
 
     def attend(self, problem: AttentionProblem) -> Decision:
         """The format ``"tiles"`` if skipping a score's empty tiles pays, or None for dense."""
+        ...
+
+    def dispatch(self, problem: MoeProblem) -> Decision:
+        """The format ``"routed"`` if computing the routed pairs only pays, or None."""
         ...
 
 

@@ -31,6 +31,7 @@ _FOLDED: dict[str, Callable[..., Number]] = {
     "exp": math.exp,
     "log": math.log,
     "tanh": math.tanh,
+    "erf": math.erf,
     "sigmoid": lambda x: 1 / (1 + math.exp(-x)) if x > 0 else math.exp(x) / (1 + math.exp(x)),
     "sqrt": math.sqrt,
     "reciprocal": lambda x: 1 / x,
@@ -190,6 +191,11 @@ def log(operand: Operand) -> Expr:
 def tanh(operand: Operand) -> Expr:
     """The hyperbolic tangent, of a float."""
     return _function("tanh", operand)
+
+
+def erf(operand: Operand) -> Expr:
+    """The error function, of a float."""
+    return _function("erf", operand)
 
 
 def sigmoid(operand: Operand) -> Expr:

@@ -284,6 +284,7 @@ RULES: dict[str, Callable[..., Interval]] = {
     "exp": _rising("exp", -math.inf),
     "log": _rising("log", 0.0),
     "tanh": _rising("tanh", -math.inf),
+    "erf": _rising("erf", -math.inf),
     "sigmoid": _rising("sigmoid", -math.inf),
     "sqrt": _rising("sqrt", 0.0),
     "to_float": to_float,

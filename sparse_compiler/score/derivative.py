@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from sparse_compiler.score.expr import (
@@ -9,6 +10,7 @@ from sparse_compiler.score.expr import (
     add,
     const,
     div,
+    exp,
     gt,
     le,
     lt,
@@ -82,6 +84,9 @@ _RULES: dict[str, Callable[..., Expr]] = {
     "exp": lambda node, x: _scaled(x, node),
     "log": lambda node, x: div(x, node.operands[0]),
     "tanh": lambda node, x: _scaled(x, sub(1.0, mul(node, node))),
+    "erf": lambda node, x: _scaled(
+        x, mul(exp(neg(mul(node.operands[0], node.operands[0]))), 2 / math.sqrt(math.pi))
+    ),
     "sigmoid": lambda node, x: _scaled(x, mul(node, sub(1.0, node))),
     "sqrt": lambda node, x: div(mul(x, 0.5), node),
     "reciprocal": lambda node, x: _scaled(x, neg(mul(node, node))),

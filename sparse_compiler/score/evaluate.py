@@ -292,6 +292,7 @@ _FUNCTIONS: dict[str, Callable[..., torch.Tensor]] = {
     "exp": torch.exp,
     "log": torch.log,
     "tanh": torch.tanh,
+    "erf": torch.erf,
     "sigmoid": torch.sigmoid,
     "sqrt": torch.sqrt,
     "reciprocal": torch.reciprocal,

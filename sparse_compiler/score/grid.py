@@ -158,7 +158,7 @@ def _without_q(found: dict[Expr, tuple]) -> dict[Expr, tuple]:
 @functools.lru_cache(maxsize=4096)
 def _is_inexact(expr: Expr) -> bool:
     """Whether kernels may round the value in another way than PyTorch."""
-    functions = ("exp", "log", "tanh", "sigmoid", "pow")
+    functions = ("exp", "log", "tanh", "erf", "sigmoid", "pow")
     divisions = ("floordiv", "mod")
     return any(
         node.op in functions or (node.op in divisions and node.type == "float")

@@ -27,7 +27,7 @@ _INDICES = ("b", "h", "q", "k")
 _ARITHMETIC = ("add", "sub", "mul", "floordiv", "mod", "neg", "abs", "min", "max")
 _COMPARISONS = ("lt", "le", "gt", "ge", "eq", "ne")
 _LOGIC = ("and", "or", "not", "xor")
-_FLOAT = ("div", "exp", "log", "tanh", "sigmoid", "sqrt", "reciprocal", "pow", "relu")
+_FLOAT = ("div", "exp", "log", "tanh", "erf", "sigmoid", "sqrt", "reciprocal", "pow", "relu")
 _CASTS = {"to_float": "float", "to_int": "int", "to_bool": "bool"}
 _TWO = ("add", "sub", "mul", "div", "floordiv", "mod", "min", "max", "and", "or", "xor", "pow")
 

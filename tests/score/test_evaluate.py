@@ -22,6 +22,7 @@ from sparse_compiler.score.expr import (
     const,
     div,
     eq,
+    erf,
     exp,
     floordiv,
     integer,
@@ -93,8 +94,8 @@ VALUES = {
     "gathered twice": (load(0, "f32", load(1, "i64", B, K), K), table.double()[ids[b, k], k]),
     "scalar": (mul(S, load(3, "f32")), s * 0.5),
     "functions": (
-        sigmoid(tanh(mul(exp(mul(S, 0.1)), 2.0))),
-        torch.sigmoid(torch.tanh((s * 0.1).exp() * 2)),
+        sigmoid(tanh(erf(mul(exp(mul(S, 0.1)), 2.0)))),
+        torch.sigmoid(torch.tanh(torch.erf((s * 0.1).exp() * 2))),
     ),
     "roots": (
         sub(sqrt(abs_(S)), reciprocal(add(pow_(abs_(S), 1.5), 1.0))),

@@ -84,6 +84,26 @@ inline vf<VL> tanh_(vf<VL> x) {
   return size < 0.625f ? small : (x < 0.f ? -large : large);
 }
 inline float tanh_(float x) { return std::tanh(x); }
+
+// erf, for GELU: 1 - (series in 1 / (1 + p x)) exp(-x^2), Abramowitz and Stegun 7.1.26, is good to
+// 1.5e-7; near 0, where that loses digits, x times the Maclaurin series.
+inline vf<VL> erf_(vf<VL> x) {
+  const vf<VL> size = x < 0.f ? -x : x, z = x * x;
+  const vf<VL> t = 1.f / fma<VL>(size, as_vf(0.3275911f), as_vf(1.f));
+  vf<VL> p = as_vf(1.061405429f);
+  p = fma<VL>(p, t, as_vf(-1.453152027f));
+  p = fma<VL>(p, t, as_vf(1.421413741f));
+  p = fma<VL>(p, t, as_vf(-0.284496736f));
+  p = fma<VL>(p, t, as_vf(0.254829592f));
+  const vf<VL> large = 1.f - p * t * exp<VL>(-z);
+  vf<VL> q = as_vf(-7.5757576e-4f);
+  q = fma<VL>(q, z, as_vf(4.6296296e-3f));
+  q = fma<VL>(q, z, as_vf(-2.3809524e-2f));
+  q = fma<VL>(q, z, as_vf(0.1f));
+  q = fma<VL>(q, z, as_vf(-0.33333333f));
+  const vf<VL> small = fma<VL>(q * z, x, x) * 1.1283791671f;
+  return size < 0.5f ? small : (x < 0.f ? -large : large);
+}
 inline vf<VL> sigmoid(vf<VL> x) { return 1.f / (1.f + exp<VL>(-x)); }
 inline float sigmoid(float x) { return 1.f / (1.f + std::exp(-x)); }
 
