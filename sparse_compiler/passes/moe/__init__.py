@@ -1,0 +1,1 @@
+"""Mixtures of experts: each token through the experts it is routed to, and no others."""
