@@ -20,7 +20,7 @@ from sparse_compiler.passes.attention.facts import GraphFacts
 from sparse_compiler.passes.attention.indices import Indices
 from sparse_compiler.passes.attention.lift import Lifter
 from sparse_compiler.passes.attention.lift_views import aligned
-from sparse_compiler.passes.attention.symbols import NotLiftable
+from sparse_compiler.passes.pointwise import NotLiftable
 from sparse_compiler.score.evaluate import evaluate
 from sparse_compiler.score.expr import B, Expr, H, K, Q, to_text
 from sparse_compiler.static import StaticValues

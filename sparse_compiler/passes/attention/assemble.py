@@ -21,7 +21,8 @@ from sparse_compiler.passes.attention.leaves import Leaf
 from sparse_compiler.passes.attention.lift_views import Index, schema_name
 from sparse_compiler.passes.attention.operands import Operand, candidates
 from sparse_compiler.passes.attention.output import Output
-from sparse_compiler.passes.attention.symbols import Integer, NotLiftable, sizes_of
+from sparse_compiler.passes.attention.symbols import Integer, sizes_of
+from sparse_compiler.passes.pointwise import NotLiftable
 from sparse_compiler.region import Region
 from sparse_compiler.score import expr as e
 from sparse_compiler.score.expr import B, Expr, H, K, Q, S, integer

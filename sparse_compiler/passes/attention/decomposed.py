@@ -43,7 +43,8 @@ from sparse_compiler.passes.attention.paths import (
 )
 from sparse_compiler.passes.attention.products import Product, read_product
 from sparse_compiler.passes.attention.softmaxes import Sink, Softmax, read_sink
-from sparse_compiler.passes.attention.symbols import NotLiftable, sizes_of
+from sparse_compiler.passes.attention.symbols import sizes_of
+from sparse_compiler.passes.pointwise import NotLiftable
 from sparse_compiler.score import expr as e
 from sparse_compiler.score.expr import B, Expr, H, K, Q, S
 from sparse_compiler.score.node import ZERO

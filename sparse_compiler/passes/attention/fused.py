@@ -25,7 +25,8 @@ from sparse_compiler.passes.attention.found import Refusal, Site
 from sparse_compiler.passes.attention.indices import Indices
 from sparse_compiler.passes.attention.lift import Lifter
 from sparse_compiler.passes.attention.lift_views import Index
-from sparse_compiler.passes.attention.symbols import NotLiftable, sizes_of
+from sparse_compiler.passes.attention.symbols import sizes_of
+from sparse_compiler.passes.pointwise import NotLiftable
 from sparse_compiler.score import expr as e
 from sparse_compiler.score.expr import B, Expr, H, K, Q, S
 from sparse_compiler.score.node import ZERO

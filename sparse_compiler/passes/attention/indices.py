@@ -15,7 +15,8 @@ import sympy
 import torch
 from torch.utils._sympy.functions import FloorDiv, Mod, PythonMod
 
-from sparse_compiler.passes.attention.symbols import Integer, NotLiftable, Symbols, symbolic
+from sparse_compiler.passes.attention.symbols import Integer, Symbols, symbolic
+from sparse_compiler.passes.pointwise import NotLiftable
 from sparse_compiler.score.affine import Affine
 from sparse_compiler.score.expr import Expr, add, const, floordiv, integer, max_, min_, mod, mul
 from sparse_compiler.score.node import ZERO

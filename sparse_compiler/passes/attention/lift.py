@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from sparse_compiler.passes.attention import lift_tensors, lift_values, lift_views
+from sparse_compiler.passes import pointwise
+from sparse_compiler.passes.attention import lift_tensors, lift_views
 from sparse_compiler.passes.attention.facts import GraphFacts
 from sparse_compiler.passes.attention.indices import Indices
 from sparse_compiler.passes.attention.leaves import LOADS, Leaf, is_plain
-from sparse_compiler.passes.attention.lift_values import converted
 from sparse_compiler.passes.attention.lift_views import Index, aligned, schema_name
 from sparse_compiler.passes.attention.reads import (
     covers,
@@ -29,7 +29,8 @@ from sparse_compiler.passes.attention.reads import (
     only_reads,
     rounded,
 )
-from sparse_compiler.passes.attention.symbols import NotLiftable, sizes_of, symbolic
+from sparse_compiler.passes.attention.symbols import sizes_of, symbolic
+from sparse_compiler.passes.pointwise import NotLiftable, converted
 from sparse_compiler.score import expr as e
 from sparse_compiler.score.expr import B, Expr, H, K, Q
 from sparse_compiler.score.node import ZERO
@@ -114,6 +115,23 @@ class Lifter:
             return e.const(value)
         raise NotLiftable(f"it computes with {type(value).__name__}")
 
+    def whole_division(
+        self, build: Callable[[Any, Any], Expr], left: Expr, right: Expr, towards_zero: bool
+    ) -> Expr:
+        """Integer division or remainder, by what cannot be 0.
+
+        Raises:
+            NotLiftable: that cannot be told.
+        """
+        if not self.indices.not_negative(e.sub(right, 1)):
+            raise NotLiftable("it divides integers by what may be zero")
+        if towards_zero and not self.indices.not_negative(left):
+            raise NotLiftable("it divides towards zero what may be negative")
+        if right.op == "const":
+            quotient, rest = self.indices.divide(left, symbolic(right.value))
+            return quotient if build is e.floordiv else rest
+        return build(left, right)
+
     def along(self, node: fx.Node, index: Index, dim: int) -> Expr:
         """The element of ``node`` at ``index``, which is the same all along ``dim``.
 
@@ -190,7 +208,7 @@ class Lifter:
         moved = lift_views.source(self.indices, node, index)
         if moved is not None:
             return self.value(*moved)
-        rule = lift_values.RULES.get(name) or lift_tensors.RULES.get(name)
+        rule = pointwise.RULES.get(name) or lift_tensors.RULES.get(name)
         if rule is None:
             raise NotLiftable(f"{_spoken(node)} is not pointwise")
         given = arguments(node)

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
 
-from sparse_compiler.passes.attention.lift_values import Given, Rule
 from sparse_compiler.passes.attention.lift_views import Index
-from sparse_compiler.passes.attention.symbols import NotLiftable, sizes_of, symbolic
+from sparse_compiler.passes.attention.symbols import sizes_of, symbolic
+from sparse_compiler.passes.pointwise import Given, NotLiftable
 from sparse_compiler.score import expr as e
 from sparse_compiler.score.expr import Expr
 from sparse_compiler.score.node import ZERO
 
 if TYPE_CHECKING:
     from sparse_compiler.passes.attention.lift import Lifter
+
+Rule = Callable[["Lifter", fx.Node, Given, Index], Expr]
 
 
 def _arange(lift: Lifter, node: fx.Node, given: Given, index: Index) -> Expr:

@@ -14,7 +14,8 @@ import torch
 from torch import fx
 
 from sparse_compiler.passes.attention.indices import Indices
-from sparse_compiler.passes.attention.symbols import NotLiftable, sizes_of, symbolic
+from sparse_compiler.passes.attention.symbols import sizes_of, symbolic
+from sparse_compiler.passes.pointwise import NotLiftable
 from sparse_compiler.score.expr import Expr, add, const, mul, sub
 from sparse_compiler.score.node import ZERO
 from sparse_compiler.static import arguments

@@ -20,7 +20,8 @@ from sparse_compiler.passes.attention.facts import GraphFacts
 from sparse_compiler.passes.attention.indices import Indices
 from sparse_compiler.passes.attention.leaves import in_order
 from sparse_compiler.passes.attention.lift_views import Index, schema_name
-from sparse_compiler.passes.attention.symbols import NotLiftable, sizes_of
+from sparse_compiler.passes.attention.symbols import sizes_of
+from sparse_compiler.passes.pointwise import NotLiftable
 from sparse_compiler.region import Builder
 from sparse_compiler.score.expr import B, Expr, H
 from sparse_compiler.score.node import ZERO

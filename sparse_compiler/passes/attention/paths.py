@@ -12,7 +12,7 @@ from sparse_compiler.passes.attention.facts import GraphFacts
 from sparse_compiler.passes.attention.lift_views import schema_name
 from sparse_compiler.passes.attention.products import Product, is_product, read_product
 from sparse_compiler.passes.attention.softmaxes import Softmax
-from sparse_compiler.passes.attention.symbols import NotLiftable
+from sparse_compiler.passes.pointwise import NotLiftable
 from sparse_compiler.static import writes_to
 
 # How far a product may be from its softmax, in operators.

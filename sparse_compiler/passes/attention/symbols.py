@@ -9,13 +9,10 @@ import sympy
 import torch
 from torch import fx
 
+from sparse_compiler.passes.pointwise import NotLiftable
 from sparse_compiler.region import Builder
 
 aten = torch.ops.aten
-
-
-class NotLiftable(Exception):
-    """A value has no form as an expression; the message is a sentence."""
 
 
 @dataclasses.dataclass(frozen=True)

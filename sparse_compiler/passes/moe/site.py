@@ -1,4 +1,4 @@
-"""What is known of one mixture of experts of a graph: a site that can be rewritten, or a refusal."""
+"""What is known of one mixture of experts: a site that can be rewritten, or a refusal."""
 
 from __future__ import annotations
 

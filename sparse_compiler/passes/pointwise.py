@@ -1,24 +1,51 @@
-"""Pointwise operators as expressions: arithmetic, comparisons, logic, choices and conversions."""
+"""Pointwise operators as expressions: arithmetic, comparisons, logic, choices and conversions.
+
+``RULES`` has one rule for each operator, by its name. A rule asks a *reader* for its operands: what
+a node's value is (of which indices, of which tensors) is the reader's business.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import fx
 
-from sparse_compiler.passes.attention.lift_views import Index
-from sparse_compiler.passes.attention.symbols import NotLiftable, symbolic
 from sparse_compiler.score import expr as e
 from sparse_compiler.score.expr import Expr
 
-if TYPE_CHECKING:
-    from sparse_compiler.passes.attention.lift import Lifter
-
+Index = tuple[Expr, ...]
 Given = dict[str, Any]
-Rule = Callable[["Lifter", fx.Node, Given, Index], Expr]
+Rule = Callable[["Reader", fx.Node, Given, Index], Expr]
+
+
+class NotLiftable(Exception):
+    """A value has no form as an expression; the message is a sentence."""
+
+
+class Reader(Protocol):
+    """What the rules ask for their operands."""
+
+    def value(self, node: fx.Node, index: Index) -> Expr:
+        """The element of ``node`` at ``index``."""
+        ...
+
+    def operand(self, value: Any, index: Index) -> Expr:
+        """An operand of a pointwise operator: a number, or a tensor that broadcasts."""
+        ...
+
+    def whole_division(
+        self,
+        build: Callable[[Any, Any], Expr],
+        left: Expr,
+        right: Expr,
+        towards_zero: bool,
+    ) -> Expr:
+        """Integer division or remainder (``build`` says which)."""
+        ...
+
 
 # Types in which PyTorch computes as expressions do: no sum of theirs wraps around.
 _INTS = (torch.int64, torch.int32)
@@ -53,29 +80,29 @@ def _is_whole(value: Expr) -> bool:
 
 
 def _two(build: Callable[[Any, Any], Expr], left: str = "self", right: str = "other") -> Rule:
-    def rule(lift: Lifter, node: fx.Node, given: Given, index: Index) -> Expr:
-        return build(lift.operand(given[left], index), lift.operand(given[right], index))
+    def rule(reader: Reader, node: fx.Node, given: Given, index: Index) -> Expr:
+        return build(reader.operand(given[left], index), reader.operand(given[right], index))
 
     return rule
 
 
 def _one(build: Callable[[Any], Expr]) -> Rule:
-    def rule(lift: Lifter, node: fx.Node, given: Given, index: Index) -> Expr:
-        return build(lift.operand(given["self"], index))
+    def rule(reader: Reader, node: fx.Node, given: Given, index: Index) -> Expr:
+        return build(reader.operand(given["self"], index))
 
     return rule
 
 
 def _sum(sign: int, reverse: bool = False) -> Rule:
-    def rule(lift: Lifter, node: fx.Node, given: Given, index: Index) -> Expr:
-        left = lift.operand(given["self"], index)
-        right = lift.operand(given["other"], index)
+    def rule(reader: Reader, node: fx.Node, given: Given, index: Index) -> Expr:
+        left = reader.operand(given["self"], index)
+        right = reader.operand(given["other"], index)
         if reverse:
             left, right = right, left
         if given.get("alpha", 1) != 1:
             if reverse:
                 raise NotLiftable("it scales what it subtracts from")
-            right = e.mul(right, lift.operand(given["alpha"], index))
+            right = e.mul(right, reader.operand(given["alpha"], index))
         if node.meta["val"].dtype is torch.bool:
             return e.or_(left, right)
         return e.add(left, right) if sign > 0 else e.sub(left, right)
@@ -83,78 +110,69 @@ def _sum(sign: int, reverse: bool = False) -> Rule:
     return rule
 
 
-def _mul(lift: Lifter, node: fx.Node, given: Given, index: Index) -> Expr:
-    left, right = (lift.operand(given[name], index) for name in ("self", "other"))
+def _mul(reader: Reader, node: fx.Node, given: Given, index: Index) -> Expr:
+    left, right = (reader.operand(given[name], index) for name in ("self", "other"))
     if left.type == right.type == "bool":
         return e.and_(left, right)
     return e.mul(left, right)
 
 
-def _div(lift: Lifter, node: fx.Node, given: Given, index: Index) -> Expr:
-    left, right = (lift.operand(given[name], index) for name in ("self", "other"))
+def _div(reader: Reader, node: fx.Node, given: Given, index: Index) -> Expr:
+    left, right = (reader.operand(given[name], index) for name in ("self", "other"))
     mode = given.get("rounding_mode")
     if mode is None:
         return e.div(left, right)
-    return _whole_division(lift, e.floordiv, left, right, towards_zero=mode == "trunc")
+    return _whole_division(reader, e.floordiv, left, right, towards_zero=mode == "trunc")
 
 
-def _floor_divide(lift: Lifter, node: fx.Node, given: Given, index: Index) -> Expr:
-    left, right = (lift.operand(given[name], index) for name in ("self", "other"))
-    return _whole_division(lift, e.floordiv, left, right)
+def _floor_divide(reader: Reader, node: fx.Node, given: Given, index: Index) -> Expr:
+    left, right = (reader.operand(given[name], index) for name in ("self", "other"))
+    return _whole_division(reader, e.floordiv, left, right)
 
 
-def _remainder(lift: Lifter, node: fx.Node, given: Given, index: Index) -> Expr:
-    left, right = (lift.operand(given[name], index) for name in ("self", "other"))
-    return _whole_division(lift, e.mod, left, right)
+def _remainder(reader: Reader, node: fx.Node, given: Given, index: Index) -> Expr:
+    left, right = (reader.operand(given[name], index) for name in ("self", "other"))
+    return _whole_division(reader, e.mod, left, right)
 
 
-def _fmod(lift: Lifter, node: fx.Node, given: Given, index: Index) -> Expr:
-    left, right = (lift.operand(given[name], index) for name in ("self", "other"))
-    return _whole_division(lift, e.mod, left, right, towards_zero=True)
+def _fmod(reader: Reader, node: fx.Node, given: Given, index: Index) -> Expr:
+    left, right = (reader.operand(given[name], index) for name in ("self", "other"))
+    return _whole_division(reader, e.mod, left, right, towards_zero=True)
 
 
 def _whole_division(
-    lift: Lifter,
+    reader: Reader,
     build: Callable[[Any, Any], Expr],
     left: Expr,
     right: Expr,
     towards_zero: bool = False,
 ) -> Expr:
-    """Integer division or remainder, by what cannot be 0."""
     if "float" in (left.type, right.type):
         raise NotLiftable("it rounds computed numbers to integers")
-    left, right = e.to_int(left), e.to_int(right)
-    if not lift.indices.not_negative(e.sub(right, 1)):
-        raise NotLiftable("it divides integers by what may be zero")
-    if towards_zero and not lift.indices.not_negative(left):
-        raise NotLiftable("it divides towards zero what may be negative")
-    if right.op == "const":
-        quotient, rest = lift.indices.divide(left, symbolic(right.value))
-        return quotient if build is e.floordiv else rest
-    return build(left, right)
+    return reader.whole_division(build, e.to_int(left), e.to_int(right), towards_zero)
 
 
-def _clamp(lift: Lifter, node: fx.Node, given: Given, index: Index) -> Expr:
-    value = lift.operand(given["self"], index)
+def _clamp(reader: Reader, node: fx.Node, given: Given, index: Index) -> Expr:
+    value = reader.operand(given["self"], index)
     if given.get("min") is not None:
-        value = e.max_(value, lift.operand(given["min"], index))
+        value = e.max_(value, reader.operand(given["min"], index))
     if given.get("max") is not None:
-        value = e.min_(value, lift.operand(given["max"], index))
+        value = e.min_(value, reader.operand(given["max"], index))
     return value
 
 
 def _extreme(build: Callable[[Any, Any], Expr]) -> Rule:
-    def rule(lift: Lifter, node: fx.Node, given: Given, index: Index) -> Expr:
+    def rule(reader: Reader, node: fx.Node, given: Given, index: Index) -> Expr:
         if "other" not in given:
             raise NotLiftable("it takes an extreme over a dimension")
-        return build(lift.operand(given["self"], index), lift.operand(given["other"], index))
+        return build(reader.operand(given["self"], index), reader.operand(given["other"], index))
 
     return rule
 
 
 def _bitwise(logical: Callable[..., Expr]) -> Rule:
-    def rule(lift: Lifter, node: fx.Node, given: Given, index: Index) -> Expr:
-        values = [lift.operand(given[n], index) for n in ("self", "other") if n in given]
+    def rule(reader: Reader, node: fx.Node, given: Given, index: Index) -> Expr:
+        values = [reader.operand(given[n], index) for n in ("self", "other") if n in given]
         if any(value.type != "bool" for value in values):
             raise NotLiftable("it works on the bits of integers")
         return logical(*values)
@@ -163,34 +181,34 @@ def _bitwise(logical: Callable[..., Expr]) -> Rule:
 
 
 def _logical(logical: Callable[..., Expr]) -> Rule:
-    def rule(lift: Lifter, node: fx.Node, given: Given, index: Index) -> Expr:
-        values = (lift.operand(given[n], index) for n in ("self", "other") if n in given)
+    def rule(reader: Reader, node: fx.Node, given: Given, index: Index) -> Expr:
+        values = (reader.operand(given[n], index) for n in ("self", "other") if n in given)
         return logical(*(e.to_bool(value) for value in values))
 
     return rule
 
 
-def _where(lift: Lifter, node: fx.Node, given: Given, index: Index) -> Expr:
+def _where(reader: Reader, node: fx.Node, given: Given, index: Index) -> Expr:
     if "self" not in given:
         raise NotLiftable("it lists the places where something holds")
-    condition = lift.operand(given["condition"], index)
+    condition = reader.operand(given["condition"], index)
     return e.where(
-        condition, lift.operand(given["self"], index), lift.operand(given["other"], index)
+        condition, reader.operand(given["self"], index), reader.operand(given["other"], index)
     )
 
 
-def _masked_fill(lift: Lifter, node: fx.Node, given: Given, index: Index) -> Expr:
+def _masked_fill(reader: Reader, node: fx.Node, given: Given, index: Index) -> Expr:
     fill = given["value"]
-    value = lift.value(fill, ()) if isinstance(fill, fx.Node) else lift.operand(fill, index)
-    kept = lift.operand(given["self"], index)
-    return e.where(lift.operand(given["mask"], index), value, kept)
+    value = reader.value(fill, ()) if isinstance(fill, fx.Node) else reader.operand(fill, index)
+    kept = reader.operand(given["self"], index)
+    return e.where(reader.operand(given["mask"], index), value, kept)
 
 
-def _pow(lift: Lifter, node: fx.Node, given: Given, index: Index) -> Expr:
+def _pow(reader: Reader, node: fx.Node, given: Given, index: Index) -> Expr:
     exponent = given["exponent"]
     if not isinstance(exponent, (int, float)):
         raise NotLiftable("it raises to a power that is not known")
-    base = lift.operand(given["self"], index)
+    base = reader.operand(given["self"], index)
     if base.type != "float":
         if exponent == 2:
             return e.mul(base, base)
@@ -202,21 +220,21 @@ def _rsqrt(value: Expr) -> Expr:
     return e.reciprocal(e.sqrt(value))
 
 
-def _isinf(lift: Lifter, node: fx.Node, given: Given, index: Index) -> Expr:
-    value = lift.operand(given["self"], index)
+def _isinf(reader: Reader, node: fx.Node, given: Given, index: Index) -> Expr:
+    value = reader.operand(given["self"], index)
     if value.type != "float":
         return e.FALSE
     return e.eq(e.abs_(value), math.inf)
 
 
-def _cast(lift: Lifter, node: fx.Node, given: Given, index: Index) -> Expr:
-    return lift.operand(given["self"], index)  # the result's dtype does the rest
+def _cast(reader: Reader, node: fx.Node, given: Given, index: Index) -> Expr:
+    return reader.operand(given["self"], index)  # the result's dtype does the rest
 
 
-def _dropout(lift: Lifter, node: fx.Node, given: Given, index: Index) -> Expr:
+def _dropout(reader: Reader, node: fx.Node, given: Given, index: Index) -> Expr:
     if given["train"] and given["p"]:
         raise NotLiftable("it drops elements at random")
-    return lift.operand(given["input"], index)
+    return reader.operand(given["input"], index)
 
 
 _AND, _OR, _XOR, _NOT = e.and_, e.or_, e.xor, e.not_
