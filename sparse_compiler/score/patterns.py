@@ -1,25 +1,25 @@
 """What people call a score's masks and terms: for reports, and to prove the simplest ones.
 
-Names come from the structure of the expression. None is a claim that kernels rely on, except for
-``causal`` and ``scale``, which are exact.
+Names come from the structure of the expression (``names`` has those of conditions). None is a claim
+that kernels rely on, except for ``causal`` and ``scale``, which are exact.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import math
 
-import torch
-
-from sparse_compiler.score.affine import Affine, Comparison
-from sparse_compiler.score.expr import Expr, K, Q, S, add, and_, const, not_, sub
+from sparse_compiler.score.affine import Comparison
+from sparse_compiler.score.expr import Expr, K, Q, S, add, and_, const, not_
 from sparse_compiler.score.fit import factored, fit
-from sparse_compiler.score.logic import parts
 from sparse_compiler.score.masks import plan
-from sparse_compiler.score.node import FALSE, TRUE
+from sparse_compiler.score.names import Leaves, conjunction, without
+from sparse_compiler.score.node import TRUE
 
 # A fill this low has weight 0 in any row that keeps a pair.
 _LOW = -1e30
+# The logarithm of more times than any key is repeated.
+_MOST = 20.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +43,7 @@ def is_causal(score: Expr) -> Causal | None:
     found = Comparison.of(keep_condition(score))
     if found is None or found.op != "ge":
         return None
-    offset = add(_without(found.terms, (Q, 1), (K, -1)), -found.bound)
+    offset = add(without(found.terms, (Q, 1), (K, -1)), -found.bound)
     return None if offset.depends_on("bhqk") or offset.depends_on("load") else Causal(scale, offset)
 
 
@@ -93,156 +93,22 @@ def _values_of(score: Expr) -> list[Expr]:
     return list(found)
 
 
-def describe(score: Expr, leaves: Sequence[torch.Tensor] | None = None) -> str:
+def describe(score: Expr, leaves: Leaves = None) -> str:
     """What a score does, in a few words: ``"causal & sliding window 256 & padding"``.
 
     Args:
         score: a float expression.
-        leaves: tensors that ``load`` reads, if known: block masks are looked at for their density.
+        leaves: tensors that ``load`` reads, by slot, None for those that are not known: masks of
+            blocks are looked at.
 
     Returns:
         The masks, joined with ``&``, and then what else is done to the scores, after commas.
     """
     found = plan(score)
-    names = _conjunction(keep_condition(score), leaves)
+    names = conjunction(keep_condition(score), leaves)
     names += [_addition(item) for item in found.additions]
     low, *others = [" & ".join(dict.fromkeys(names)) or "no mask", *_terms(found.full)]
     return ", ".join([low, *dict.fromkeys(others)])
-
-
-def _conjunction(keep: Expr, leaves: Sequence[torch.Tensor] | None) -> list[str]:
-    """Names of the conditions that all hold where a pair is kept."""
-    if keep is TRUE:
-        return []
-    if keep is FALSE:
-        return ["nothing kept"]
-    found = parts("and", keep)
-    names: list[str] = []
-    bands = [(item, band) for item in found if (band := _band(item)) is not None]
-    below = [reach for _, (side, reach) in bands if side == "ge"]
-    above = [reach for _, (side, reach) in bands if side == "le"]
-    names += _window(below, above)
-    banded = {item for item, _ in bands}
-    return names + [_name(item, leaves) for item in found if item not in banded]
-
-
-def _window(below: Sequence[Expr], above: Sequence[Expr]) -> list[str]:
-    """Names of ``q - k >= below`` and ``q - k <= above``."""
-    names: list[str] = []
-    if len(below) == len(above) == 1 and add(below[0], above[0]) is const(0):
-        return [f"local window {above[0]} to either side"]
-    for bound in below:
-        if bound.op != "const":
-            names.append("causal with an offset")
-        elif bound.value == 0:
-            names.append("causal")
-        elif bound.value > 0:
-            names.append(f"only keys at least {bound.value} back")
-        else:
-            names.append(f"at most {-bound.value} ahead")
-    for bound in above:
-        if below:
-            names.append(f"sliding window {add(sub(bound, below[0]), 1)}")
-        else:
-            names.append("anti-causal" if bound is const(0) else f"at most {bound} back")
-    return names
-
-
-def _band(item: Expr) -> tuple[str, Expr] | None:
-    """``("ge", c)`` of q - k >= c and ``("le", c)`` of q - k <= c, for c without an index."""
-    found = Comparison.of(item)
-    if found is None or found.op not in ("le", "ge"):
-        return None
-    rest = _without(found.terms, (Q, 1), (K, -1))
-    if rest.depends_on("bhqk") or dict(found.terms).get(Q) != 1:
-        return None
-    return found.op, sub(found.bound, rest)
-
-
-def _without(terms: Sequence[tuple[Expr, int]], *removed: tuple[Expr, int]) -> Expr:
-    """A sum less some terms."""
-    rest = Affine(tuple(terms), 0)
-    for term, factor in removed:
-        rest = rest.plus(Affine(((term, factor),), 0), -1)
-    return rest.expr()
-
-
-def _name(item: Expr, leaves: Sequence[torch.Tensor] | None) -> str:
-    """The name of one condition."""
-    if item.op == "or":
-        return _union(item, leaves)
-    if item.op == "and":
-        return f"({' & '.join(_conjunction(item, leaves))})"
-    band = _band(item)
-    if band is not None:
-        return " & ".join(_window(*(([band[1]], []) if band[0] == "ge" else ([], [band[1]]))))
-    if not item.depends_on("q") and not item.depends_on("k"):
-        return "a condition on the whole batch"
-    if not (item.depends_on("q") and item.depends_on("k")):
-        return _one_sided(item)
-    if item.op == "eq":
-        name = _same(*item.operands)
-        if name:
-            return name
-    if item.op in ("load", "not") and item.loads():
-        return _mask_tensor(item.loads()[0], leaves)
-    return "an arbitrary mask" if item.loads() else "an arbitrary condition on positions"
-
-
-def _one_sided(item: Expr) -> str:
-    """The name of a condition on the key or the query alone."""
-    side = "key" if item.depends_on("k") else "query"
-    if item.depends_on("load"):
-        return "padding" if side == "key" else "padded queries"
-    found = Comparison.of(item)
-    letter = K if side == "key" else Q
-    if found is not None and found.terms == ((letter, 1),):
-        signs = {"le": "up to", "ge": "from", "eq": "at", "ne": "other than"}
-        plural = "keys" if side == "key" else "queries"
-        return f"{plural} {signs[found.op]} {found.bound}"
-    return f"a condition on the {side}"
-
-
-def _same(left: Expr, right: Expr) -> str | None:
-    """The name of ``f(q) == f(k)``, or of a remainder of q - k."""
-    for one, other in ((left, right), (right, left)):
-        if other.op == "const" and one.op == "mod" and one.operands[1].op == "const":
-            rest = _without(Affine.of(one.operands[0]).terms, (Q, 1), (K, -1))
-            swapped = _without(Affine.of(one.operands[0]).terms, (Q, -1), (K, 1))
-            if not rest.depends_on("qk") or not swapped.depends_on("qk"):
-                return f"dilated {one.operands[1].value}"
-    if left.substitute({Q: K}) is not right and right.substitute({Q: K}) is not left:
-        return None
-    if left.op == "floordiv" and left.operands[1].op == "const":
-        return f"chunks of {left.operands[1].value}"
-    return "same document" if left.depends_on("load") else "same block"
-
-
-def _union(item: Expr, leaves: Sequence[torch.Tensor] | None) -> str:
-    """The name of a disjunction: local and global attention, a prefix, strides."""
-    found = parts("or", item)
-    band = [part for part in found if _band(part) is not None]
-    sides = [part for part in found if not (part.depends_on("q") and part.depends_on("k"))]
-    if len(found) == 2 and band and sides and sides[0].depends_on("k"):
-        return "prefix LM"
-    names = [" & ".join(_conjunction(part, leaves)) for part in found if part not in sides]
-    names = [name.replace("dilated", "strided") for name in names]
-    if sides:
-        names.append("global tokens")
-    return f"({' | '.join(dict.fromkeys(names))})"
-
-
-def _mask_tensor(load: Expr, leaves: Sequence[torch.Tensor] | None) -> str:
-    """The name of a mask that is read from a tensor indexed by q and k."""
-    sizes = {
-        index.operands[1].value
-        for index in load.operands
-        if index.op == "floordiv" and index.operands[1].op == "const"
-    }
-    name = f"mask of blocks of {min(sizes)}" if sizes else "a mask tensor"
-    if leaves is None or leaves[load.slot].dtype != torch.bool or not leaves[load.slot].numel():
-        return name
-    return f"{name} ({float(leaves[load.slot].float().mean()):.0%} kept)"
 
 
 def _addition(item: Expr) -> str:
@@ -276,6 +142,10 @@ def _cap(full: Expr, tanh: Expr) -> str:
 
 def _bias(item: Expr) -> str:
     """The name of what is added to a score."""
+    if item.op == "where" and item.operands[1].op == "const" and item.operands[2] is const(0.0):
+        times = math.exp(min(item.operands[1].value, _MOST))
+        if round(times) > 1 and math.isclose(times, round(times), rel_tol=1e-6):
+            return f"some pairs count {round(times)} times"
     if item.depends_on("q") and item.depends_on("k") and not item.depends_on("load"):
         return "distance bias"
     if not item.loads():

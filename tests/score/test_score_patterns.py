@@ -88,10 +88,89 @@ NAMES = {
     ),
 }
 
+# One query of a static cache, at a position that a tensor of one element holds.
+POSITION = load(0, "i64", const(0))
+# One query of a dynamic cache that keeps a window: its keys begin at `first`.
+SEEN = integer(0)
+FIRST = max_(sub(SEEN, 31), 0)
+# Queries whose positions are an input.
+POSITION_IDS = load(0, "i64", Q)
+# BigBird's blocks.
+ROW, COLUMN = floordiv(Q, 16), floordiv(K, 16)
+NEAR = and_(le(sub(ROW, COLUMN), 1), le(sub(COLUMN, ROW), 1))
+EDGE = or_(eq(ROW, 0), eq(ROW, 10))
+
+POSITIONS = {
+    "keys up to a position": masked(le(K, POSITION)),
+    "keys from a position": masked(ge(K, sub(POSITION, 31))),
+    "keys up to a position & padding": masked(and_(le(K, POSITION), PADDING)),
+    "sliding window 32 up to a position": masked(
+        and_(le(add(K, FIRST), SEEN), lt(sub(SEEN, add(K, FIRST)), 32))
+    ),
+    "sliding window 64 up to a position": masked(and_(le(K, POSITION), lt(sub(POSITION, K), 64))),
+    "keys up to a position & chunk of 48 at a position": masked(
+        and_(le(K, POSITION), eq(floordiv(K, 48), floordiv(POSITION, 48)))
+    ),
+    "padding": masked(lt(K, load(0, "i64", B))),
+    "padded queries": masked(lt(Q, load(0, "i64", B))),
+    "causal in position ids": masked(le(K, POSITION_IDS)),
+    "causal in position ids & padding": masked(and_(le(K, load(1, "i64", Q)), PADDING)),
+    "causal & sliding window 32 in position ids": masked(
+        and_(le(K, POSITION_IDS), lt(sub(POSITION_IDS, K), 32))
+    ),
+    "local window 8 to either side in position ids": masked(
+        and_(
+            le(sub(load(0, "i64", B, Q), load(1, "i64", B, K)), 8),
+            ge(sub(load(0, "i64", B, Q), load(1, "i64", B, K)), -8),
+        )
+    ),
+    "causal & same document": masked(and_(CAUSAL, eq(load(0, "i64", B, Q), load(1, "i64", B, K)))),
+    "causal in blocks of 16": masked(le(COLUMN, ROW)),
+    "(local window 1 to either side in blocks of 16 | global blocks of 16)": masked(
+        or_(NEAR, EDGE, eq(COLUMN, 0), eq(COLUMN, 10))
+    ),
+    "no mask, some pairs count 3 times": add(SCALED, where(eq(COLUMN, 0), math.log(3), 0.0)),
+    "no mask, distance bias": add(SCALED, where(le(abs_(DISTANCE), 3), 0.5, 0.0)),
+}
+
 
 @pytest.mark.parametrize("name", NAMES)
 def test_describe(name):
     assert describe(NAMES[name]) == name
+
+
+@pytest.mark.parametrize("name", POSITIONS)
+def test_describe_positions(name):
+    assert describe(POSITIONS[name]) == name
+
+
+def bigbird_blocks(blocks):
+    """What BigBird's blocks see without the random ones."""
+    i, j = torch.arange(blocks)[:, None], torch.arange(blocks)[None, :]
+    edge = (i == 0) | (i == blocks - 1) | (j == 0) | (j == blocks - 1)
+    return edge | ((i - j).abs() <= 1)
+
+
+@pytest.mark.parametrize(
+    ("random", "name"),
+    [
+        ((), "global and window blocks of 16 (50% kept)"),
+        ((4, 2, 7), "global, window and random blocks of 16 (51% kept)"),
+    ],
+)
+def test_blocks_are_named_for_what_they_are(random, name):
+    mask = bigbird_blocks(12)[None].repeat(2, 1, 1)
+    for row in random:
+        mask[1, row, (row + 5) % 12] = True
+    score = masked(load(0, "bool", H, ROW, COLUMN))
+    assert describe(score, [mask]) == name
+    assert describe(score, [None]) == "mask of blocks of 16"
+
+
+@pytest.mark.parametrize("spoil", [lambda x: x[:, ::2], lambda x: x | True, lambda x: x & False])
+def test_blocks_of_no_such_kind(spoil):
+    name = describe(masked(load(0, "bool", H, ROW, COLUMN)), [spoil(bigbird_blocks(12)[None])])
+    assert name.startswith("mask of blocks of 16 (")
 
 
 def test_masks_in_memory_are_looked_at():
