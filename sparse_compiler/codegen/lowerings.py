@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from sparse_compiler.codegen import attention, cpp, inductor
+from sparse_compiler.codegen import attention, cpp, inductor, moe
 from sparse_compiler.ops import linear as _linear_ops  # noqa: F401  registers the operators
 
 _CSR = ("values", "columns", "segments")
@@ -127,3 +127,4 @@ def register_all() -> None:
     inductor.register(operators.put.default, _put)
     inductor.register(operators.take.default, _take)
     attention.register_all()
+    moe.register_all()

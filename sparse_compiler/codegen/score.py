@@ -15,7 +15,7 @@ import math
 from collections.abc import Sequence
 
 from sparse_compiler.score.derivative import derivative
-from sparse_compiler.score.expr import Expr, S, add, build, const, parse
+from sparse_compiler.score.expr import Expr, K, S, add, build, const, load, parse
 from sparse_compiler.score.fill import fill_of
 from sparse_compiler.score.masks import full_score, kept_score
 
@@ -140,6 +140,31 @@ def functor(text: str, grad_leaf: int = -1) -> Functor:
         "};",
     ]
     return Functor("\n".join(lines), ranks, scale is not None)
+
+
+@functools.lru_cache(maxsize=256)
+def body_functor(text: str, parts: int) -> str:
+    """``struct Body`` of an expert's body: its value and its slopes, vectors of hidden units.
+
+    Args:
+        text: an expression in ``load(p, "f32", K)``, the parts, as operators carry it.
+        parts: 1 or 2.
+    """
+    body = parse(text)
+    arguments = "sc::vf<sc::VL> part0, sc::vf<sc::VL> part1"
+    values = {
+        "forward": body,
+        **{f"slope{p}": derivative(body, load(p, "f32", K)) for p in range(parts)},
+    }
+    lines = ["struct Body {"]
+    for name, value in values.items():
+        lines += [
+            f"  __attribute__((always_inline)) inline sc::vf<sc::VL> {name}({arguments}) const {{",
+            "    using namespace sc;",
+            *_PartEmitter().body(value),
+            "  }",
+        ]
+    return "\n".join([*lines, "};"])
 
 
 def _scale(full: Expr) -> float | None:
@@ -388,6 +413,16 @@ class _Emitter:
         ]
         body = f"[&](int i) {{ return {' + '.join(terms)}; }}"
         return self._name(f"gather({leaf}, count, {body})", kind, True, bits)
+
+
+class _PartEmitter(_Emitter):
+    """Of expert bodies: what is loaded are the functor's arguments, at its own hidden units."""
+
+    def _emit(self, node: Expr) -> Value:
+        return Value("0", "int", True) if node is K else super()._emit(node)
+
+    def _load(self, node: Expr) -> Value:
+        return Value(f"part{node.slot}", "float", True)
 
 
 def _behind_key(index: Expr) -> Expr | None:

@@ -96,7 +96,7 @@ def _run(
     valid = ((chosen >= 0) & (chosen < experts + passthrough)).unsqueeze(-1)
     # Not a product with 0: a gate that nobody uses may be anything.
     weighted = torch.where(valid, out * scale, 0)
-    return weighted.view(tokens, choices, -1).sum(1).to(x.dtype), parts
+    return weighted.view(tokens, choices, weighted.shape[1]).sum(1).to(x.dtype), parts
 
 
 def moe(*args: Any, digest: str = "") -> torch.Tensor:
@@ -140,6 +140,11 @@ def moe_backward(
         out, _ = _run(*call, *literals)
         found = torch.autograd.grad(out, leaves, grad, materialize_grads=True)
     return [grad_like(leaf).copy_(value) for leaf, value in zip(wanted, found, strict=True)]
+
+
+def rows(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor with its last dimension contiguous, copied if need be."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def grad_like(tensor: torch.Tensor) -> torch.Tensor:

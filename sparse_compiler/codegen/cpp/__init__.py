@@ -19,7 +19,8 @@ PIECE = 4096
 # Rows of a dense weight that make a task.
 GEMV_BLOCK = 64
 _COMMON = ("vec", "transpose", "panel", "multiply", "csr")
-_ATTENTION = ("vec", "transpose", "attention_math", "score")
+_ATTENTION = ("vec", "transpose", "math", "attention_math", "score")
+_MOE = ("vec", "transpose", "math", "score", "dense", "moe_gemm", "moe")
 _HEADERS = {
     "linear_dense": ("vec", "dense"),
     "linear_csr": (*_COMMON, "gemv", "linear"),
@@ -36,6 +37,8 @@ _HEADERS = {
     "attention_forward": (*_ATTENTION, "attention_forward"),
     "attention_decode": (*_ATTENTION, "attention_decode"),
     "attention_backward": (*_ATTENTION, "attention_backward_plan", "attention_backward"),
+    "moe_forward": (*_MOE, "moe_forward"),
+    "moe_backward": (*_MOE, "moe_backward"),
     "take": ("vec", "move"),
     "put": ("vec", "move"),
 }
@@ -127,7 +130,7 @@ def digest() -> str:
     """A digest of everything that decides what the kernels compute and how they are called."""
     package = _HERE.parent.parent
     python = [*_HERE.parent.glob("*.py"), *(package / "score").glob("*.py")]
-    operators = [package / "ops" / "linear.py", package / "ops" / "attention.py"]
+    operators = [package / "ops" / f"{name}.py" for name in ("linear", "attention", "moe")]
     files = sorted(
         [*_HERE.glob("*.h"), *_HERE.glob("*.jinja"), Path(__file__), *python, *operators]
     )

@@ -72,7 +72,11 @@ class Attention(Pass):
         rewrite.shape = tuple(hint(size) for size in (*sizes, site.head_dim))
         rewrite.dtype = str(site.dtype).removeprefix("torch.")
         settled = settle(site, static)
-        rewrite.pattern = patterns.describe(settled.score)
+        known = [
+            static.value(leaf.node) if leaf.kind == "static" else None
+            for leaf in settled.meaning.leaves
+        ]
+        rewrite.pattern = patterns.describe(settled.meaning.score, known)
         refusal = _refuse(site, settled)
         if refusal:
             rewrite.reason = refusal

@@ -7,7 +7,7 @@ counted (``Lead``), where they read queries, keys and values, and what the softm
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import sympy
@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from sparse_compiler.passes.attention.facts import GraphFacts
-from sparse_compiler.passes.attention.found import Site
+from sparse_compiler.passes.attention.found import Meaning, Site
 from sparse_compiler.passes.attention.indices import Indices
 from sparse_compiler.passes.attention.leaves import Leaf
 from sparse_compiler.passes.attention.lift_views import Index, schema_name
@@ -158,6 +158,7 @@ def assemble(
     output: Output,
     score: Expr,
     leaves: Sequence[Leaf],
+    meanings: Mapping[Expr, Expr],
     node: fx.Node,
     region: Sequence[fx.Node],
     sizes: dict[str, Any],
@@ -173,6 +174,7 @@ def assemble(
     if operands.value.scale != 1:
         raise NotLiftable("its values are scaled")
     score = score.substitute({S: e.mul(S, scale)})
+    meaning, meant, _ = renumbered(score.substitute(meanings), leaves, indices.integers)
     score, used, integers = renumbered(score, leaves, indices.integers)
     learned = [leaf.node.name for leaf in used if leaf.kind == "learned"]
     if len(learned) > 1:
@@ -194,6 +196,7 @@ def assemble(
         score=score,
         leaves=used,
         integers=integers,
+        meaning=Meaning(meaning, meant),
         kv_heads=operands.key.heads,
         dtype=dtype,
         repeats=operands.repeats,

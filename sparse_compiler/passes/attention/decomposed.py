@@ -174,6 +174,7 @@ def _counted(
         output,
         score,
         before.leaves,
+        before.meanings,
         softmax.node,
         region,
         site_sizes(

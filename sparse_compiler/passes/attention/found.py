@@ -17,6 +17,19 @@ from sparse_compiler.score.expr import B, Expr, H, Q
 
 
 @dataclasses.dataclass(frozen=True)
+class Meaning:
+    """A score for reports, with the masks in it that the score itself reads as one tensor.
+
+    Attributes:
+        score: in slots of its own.
+        leaves: what it loads, by slot.
+    """
+
+    score: Expr
+    leaves: tuple[Leaf, ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class Site:
     """One attention: softmax(score(q k^T)) v.
 
@@ -30,6 +43,7 @@ class Site:
         score: what the softmax sees at (b, h, q, k), in the product ``S`` of the views above.
         leaves: what it loads, by slot.
         integers: its runtime integers, by place.
+        meaning: the score as the model spells it.
         sink: one more logit a row, or None.
         dropout: probability, of the weights.
         empty_row: what a row gives that is masked all over: ``"zero"``, or ``"nan"``.
@@ -54,6 +68,7 @@ class Site:
     score: Expr
     leaves: tuple[Leaf, ...]
     integers: tuple[Integer, ...]
+    meaning: Meaning
     sink: Leaf | None
     dropout: float
     empty_row: str

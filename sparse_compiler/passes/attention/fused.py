@@ -138,6 +138,7 @@ def _site(
         lead.output(node, range(len(at) + 2)),
         score,
         lifter.leaves,
+        lifter.meanings,
         node,
         [node],
         site_sizes(indices, shapes[0][-1], shapes[2][-1], (query, key, value)),

@@ -61,6 +61,7 @@ class Lifter:
 
     Attributes:
         leaves: what the expressions load, by slot.
+        meanings: what a load stands for that reads several tensors, or positions, as one.
         reached: the index at which the target was reached, None if it was not.
         factors: operators, each with a number that is known at run time only: what the target is
             multiplied or divided by where its value is said to be ``S``.
@@ -79,6 +80,7 @@ class Lifter:
         self.facts = facts
         self.indices = indices
         self.leaves: list[Leaf] = beside.leaves if beside else []
+        self.meanings: dict[Expr, Expr] = beside.meanings if beside else {}
         self.reached: Index | None = None
         self.factors: list[tuple[Any, fx.Node]] = []
         self.dropout = 0.0
@@ -276,6 +278,7 @@ class Lifter:
         if square and ((known and self.facts.kind(node) == "runtime") or not only_reads(lifted)):
             return lifted
         read = self._leaf(node, index)
+        self.meanings.setdefault(read, lifted.substitute(self.meanings))
         # An element for each query and key is read only if one of the parts has as many.
         parts = lifted.loads() if square else (lifted,)
         return read if any(covers(part, read) for part in parts) else lifted

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
 from sparse_compiler.derived import PLAIN, DoesNotFit, has_version
 from sparse_compiler.ops.attention import flat
-from sparse_compiler.passes.attention.found import Site
+from sparse_compiler.passes.attention.found import Meaning, Site
 from sparse_compiler.passes.attention.leaves import Leaf
 from sparse_compiler.score import tiles
 from sparse_compiler.score.expr import B, Expr, H, K, Q, load
@@ -38,6 +38,7 @@ class Settled:
         guarded: the buffers that the map of the tiles depends on, recognised ones first.
         recognised: what each recognised buffer was: an expression of its own indices.
         at_run_time: whether the map of the tiles has to be computed in the graph.
+        meaning: the score for reports.
     """
 
     score: Expr
@@ -46,6 +47,7 @@ class Settled:
     guarded: tuple[StaticExpression, ...]
     recognised: tuple[Expr, ...]
     at_run_time: bool
+    meaning: Meaning
 
     def map_of(
         self, old: torch.Tensor, sizes: Sequence[int], *values: torch.Tensor
@@ -72,7 +74,7 @@ class Settled:
 
 def settle(site: Site, static: StaticValues) -> Settled:
     """Look at every leaf of a site that parameters and buffers decide."""
-    replaced: dict[Expr, Expr] = {}
+    fits: dict[Leaf, Expr] = {}
     guarded: list[StaticExpression] = []
     recognised: list[Expr] = []
     known: dict[int, StaticExpression] = {}
@@ -85,14 +87,12 @@ def settle(site: Site, static: StaticValues) -> Settled:
         found = None if value is None else _fit(value)
         if found is None or value is None:
             continue
-        for node in site.score.loads():
-            if node.slot == slot:
-                names = _INDICES[len(_INDICES) - value.dim() :]
-                replaced[node] = found.substitute(dict(zip(names, node.operands, strict=True)))
+        fits[leaf] = found
         guarded.append(expression)
         recognised.append(found)
         del known[slot]
-    score = site.score.substitute(replaced) if replaced else site.score
+    score = _with_fits(site.score, site.leaves, fits)
+    meaning = _with_fits(site.meaning.score, site.meaning.leaves, fits)
     slots = sorted({node.slot for node in score.loads()})
     score = score.substitute(
         {
@@ -111,7 +111,26 @@ def settle(site: Site, static: StaticValues) -> Settled:
     if fixed:
         guarded.extend(known[slot] for slot in slots)
     grad_leaf = slots.index(site.grad_leaf) if site.grad_leaf in slots else None
-    return Settled(score, leaves, grad_leaf, tuple(guarded), tuple(recognised), not fixed)
+    return Settled(
+        score,
+        leaves,
+        grad_leaf,
+        tuple(guarded),
+        tuple(recognised),
+        not fixed,
+        Meaning(meaning, site.meaning.leaves),
+    )
+
+
+def _with_fits(score: Expr, leaves: Sequence[Leaf], fits: Mapping[Leaf, Expr]) -> Expr:
+    """A score with recognised buffers replaced by what they hold."""
+    replaced: dict[Expr, Expr] = {}
+    for node in score.loads():
+        found = fits.get(leaves[node.slot])
+        if found is not None:
+            names = _INDICES[len(_INDICES) - len(node.operands) :]
+            replaced[node] = found.substitute(dict(zip(names, node.operands, strict=True)))
+    return score.substitute(replaced) if replaced else score
 
 
 def _watched(static: StaticValues, expression: StaticExpression) -> bool:
