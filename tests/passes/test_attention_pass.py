@@ -112,6 +112,69 @@ def test_a_runtime_mask_is_mapped_once():
     torch.testing.assert_close(graph(*other), model(*other), rtol=1e-4, atol=1e-5)
 
 
+class WrittenInPlace(nn.Module):
+    """A padding mask as Longformer makes it: a float mask of which an alias is written to."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, pad: Tensor) -> Tensor:
+        bias = torch.where(pad != 0, 0.0, -math.inf)[:, None, None, :]
+        bias[:, 0, 0, :].masked_fill_(pad == 2, 0.0)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=(bias == 0) & (pad != 2).all())
+
+
+def test_the_map_is_estimated_from_a_mask_that_is_written_to():
+    pad = (torch.arange(N)[None] < torch.tensor([[N], [64]])).long()
+    model, args = WrittenInPlace(), (*inputs(), pad)
+    context = PassContext(Options.parse({"on_error": "raise"}), False, AlwaysSelector())
+    before = pad.clone()
+    with torch.no_grad():
+        graph = canonicalize(model, *args)
+        names = [node.name for node in graph.graph.nodes if node.op == "placeholder"]
+        graph.meta["example_inputs"] = dict(zip(names, args, strict=True))
+        graph = Attention(context)(graph).graph_module
+    (rewrite,) = context.rewrites
+    assert rewrite.applied and rewrite.sparsity == pytest.approx(1 / 3), rewrite.reason
+    assert torch.equal(pad, before)
+    torch.testing.assert_close(graph(*args), model(*args), rtol=1e-4, atol=1e-5)
+
+
+class OneQuery(nn.Module):
+    """A step of decoding: ``position`` is a tensor, a window and padding may come on top of it."""
+
+    def __init__(self, masks: str) -> None:
+        super().__init__()
+        self.masks = masks
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, position: Tensor, pad: Tensor) -> Tensor:
+        i, j = (position + torch.arange(q.shape[2]))[:, None], torch.arange(N)[None, :]
+        keep = (j <= i)[None, None]
+        if "window" in self.masks:
+            keep = keep & (i - j < 64)
+        if "padding" in self.masks:
+            keep = keep & pad[:, None, None, :]
+        bias = torch.where(keep, 0.0, torch.finfo(q.dtype).min)
+        return F.softmax(q @ k.transpose(-2, -1) + bias, -1) @ v
+
+
+@pytest.mark.parametrize(
+    ("queries", "masks", "pattern"),
+    [
+        (1, "", "keys up to a position"),
+        (1, "padding", "keys up to a position & padding"),
+        (1, "window", "sliding window 64 up to a position"),
+        (1, "window padding", "sliding window 64 up to a position & padding"),
+        (96, "", "causal with an offset"),
+        (96, "window padding", "causal with an offset & sliding window 64 & padding"),
+    ],
+)
+def test_a_mask_that_is_read_as_one_tensor_is_named_for_what_is_in_it(queries, masks, pattern):
+    q, k, v = inputs()
+    pad = torch.ones(2, N, dtype=torch.bool)
+    model, args = OneQuery(masks), (q[:, :, :queries], k, v, torch.tensor(90), pad)
+    graph, (rewrite,) = rewritten(model, *args)
+    assert rewrite.applied and rewrite.pattern == pattern
+    torch.testing.assert_close(graph(*args), model(*args), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("spelling", "sentence"),
     [

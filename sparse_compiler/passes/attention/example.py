@@ -15,7 +15,7 @@ from torch import fx
 from sparse_compiler.passes.attention.leaves import Leaf
 from sparse_compiler.score.expr import B, H, K, Q
 from sparse_compiler.score.node import ZERO
-from sparse_compiler.static import StaticValues
+from sparse_compiler.static import StaticValues, with_aliases, writes_to
 
 # A mask is made by a few operators from an input; what takes more is not evaluated here.
 _MOST_NODES = 64
@@ -74,6 +74,8 @@ def _evaluate(
         if len(needed) > _MOST_NODES or not _is_cheap(current):
             return None
         waiting.extend(current.all_input_nodes)
+        waiting.extend(writer for writer in _writers(current) if writer < node)
+    writes = any(writes_to(current) for current in needed)
     values: dict[fx.Node, Any] = {}
     with torch.no_grad():
         for current in sorted(needed):
@@ -88,9 +90,17 @@ def _evaluate(
                 value = hint(current.meta["val"])
             if value is None:
                 return None
+            if writes and current.op != "call_function" and isinstance(value, torch.Tensor):
+                value = value.detach().clone()  # the call's own tensors stay as they are
             values[current] = value
     result = values[node]
     return result if isinstance(result, torch.Tensor) else None
+
+
+def _writers(node: fx.Node) -> list[fx.Node]:
+    """What writes to a node's storage, before or after it."""
+    aliases = with_aliases([node])
+    return [user for alias in aliases for user in alias.users if alias in writes_to(user)]
 
 
 def _is_cheap(node: fx.Node) -> bool:
@@ -105,5 +115,4 @@ def _is_cheap(node: fx.Node) -> bool:
             return False
     if node.target is operator.getitem or not isinstance(node.target, torch._ops.OpOverload):
         return True
-    random = torch.Tag.nondeterministic_seeded in node.target.tags
-    return not random and not node.target._schema.is_mutable
+    return torch.Tag.nondeterministic_seeded not in node.target.tags
