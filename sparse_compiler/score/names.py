@@ -16,7 +16,18 @@ from sparse_compiler.score.expr import Expr, K, Q, add, const, sub
 from sparse_compiler.score.logic import parts
 from sparse_compiler.score.node import FALSE, TRUE
 
-Leaves = Sequence[torch.Tensor | None] | None
+
+@dataclasses.dataclass(frozen=True)
+class Known:
+    """What is known beside an expression.
+
+    Attributes:
+        leaves: tensors that ``load`` reads, by slot; None for those that are not known.
+        earlier: how many keys come before the first query's own, if keys and queries end together.
+    """
+
+    leaves: Sequence[torch.Tensor | None] = ()
+    earlier: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,13 +99,8 @@ def without(terms: Sequence[tuple[Expr, int]], *removed: tuple[Expr, int]) -> Ex
     return rest.expr()
 
 
-def conjunction(keep: Expr, leaves: Leaves = None) -> list[str]:
-    """Names of the conditions that all hold where a pair is kept.
-
-    Args:
-        keep: a bool expression.
-        leaves: tensors that ``load`` reads, by slot; None for those that are not known.
-    """
+def conjunction(keep: Expr, known: Known) -> list[str]:
+    """Names of the conditions that all hold where a pair is kept."""
     if keep is TRUE:
         return []
     if keep is FALSE:
@@ -105,20 +111,20 @@ def conjunction(keep: Expr, leaves: Leaves = None) -> list[str]:
         band = Band.of(item)
         if band is not None:
             bands.setdefault((band.query, band.key), []).append(band)
-    names = [name for group in bands.values() for name in _banded(group)]
-    return names + [_name(item, leaves) for item in found if Band.of(item) is None]
+    names = [name for group in bands.values() for name in _banded(group, known)]
+    return names + [_name(item, known) for item in found if Band.of(item) is None]
 
 
-def _banded(group: Sequence[Band]) -> list[str]:
+def _banded(group: Sequence[Band], known: Known) -> list[str]:
     """Names of the comparisons of the same two positions."""
     below = [band.reach for band in group if band.side == "ge"]
     above = [band.reach for band in group if band.side == "le"]
     first = group[0]
     if first.query is None:
         return _at_a_position(below, above)
-    names = _window(below, above)
     if first.plain:
-        return names
+        return _window(below, above, known.earlier)
+    names = _window(below, above)
     return [f"{' & '.join(names)} in {_unit(first.query, first.key)}"]
 
 
@@ -139,13 +145,13 @@ def _at_a_position(below: Sequence[Expr], above: Sequence[Expr]) -> list[str]:
     return names + (["keys from a position"] if above else [])
 
 
-def _window(below: Sequence[Expr], above: Sequence[Expr]) -> list[str]:
-    """Names of ``q - k >= below`` and ``q - k <= above``."""
+def _window(below: Sequence[Expr], above: Sequence[Expr], earlier: int = 0) -> list[str]:
+    """Names of ``q - k >= below`` and ``q - k <= above``, of which some keys may come earlier."""
     names: list[str] = []
     if len(below) == len(above) == 1 and add(below[0], above[0]) is const(0):
         return [f"local window {above[0]} to either side"]
     for bound in below:
-        if bound.op != "const":
+        if bound.op != "const" or bound.value == -earlier < 0:
             names.append("causal with an offset")
         elif bound.value == 0:
             names.append("causal")
@@ -161,10 +167,10 @@ def _window(below: Sequence[Expr], above: Sequence[Expr]) -> list[str]:
     return names
 
 
-def _name(item: Expr, leaves: Leaves) -> str:
+def _name(item: Expr, known: Known) -> str:
     """The name of one condition that is no band."""
     if item.op == "or":
-        return _union(item, leaves)
+        return _union(item, known)
     if not item.depends_on("q") and not item.depends_on("k"):
         return "a condition on the whole batch"
     if item.op == "eq":
@@ -174,7 +180,7 @@ def _name(item: Expr, leaves: Leaves) -> str:
     if not (item.depends_on("q") and item.depends_on("k")):
         return _one_sided(item)
     if item.op in ("load", "not") and item.loads():
-        return _mask_tensor(item.loads()[0], leaves)
+        return _mask_tensor(item.loads()[0], known)
     return "an arbitrary mask" if item.loads() else "an arbitrary condition on positions"
 
 
@@ -217,7 +223,7 @@ def _is_of(item: Expr, letter: str) -> bool:
     return item.depends_on(letter) and not item.depends_on("k" if letter == "q" else "q")
 
 
-def _union(item: Expr, leaves: Leaves) -> str:
+def _union(item: Expr, known: Known) -> str:
     """The name of a disjunction: local and global attention, a prefix, strides."""
     found = parts("or", item)
     sides = [part for part in found if not (part.depends_on("q") and part.depends_on("k"))]
@@ -225,7 +231,7 @@ def _union(item: Expr, leaves: Leaves) -> str:
     banded = [part for part in others if Band.of(part) is not None]
     if len(found) == 2 and banded and sides and sides[0].depends_on("k"):
         return "prefix LM"
-    names = [" & ".join(conjunction(part, leaves)) for part in others]
+    names = [" & ".join(conjunction(part, known)) for part in others]
     names = [name.replace("dilated", "strided") for name in names]
     return f"({' | '.join(dict.fromkeys([*names, *map(_global, sides)]))})"
 
@@ -239,7 +245,7 @@ def _global(side: Expr) -> str:
     return "global tokens"
 
 
-def _mask_tensor(load: Expr, leaves: Leaves) -> str:
+def _mask_tensor(load: Expr, known: Known) -> str:
     """The name of a mask that is read from a tensor indexed by q and k."""
     sizes = {
         index.operands[1].value
@@ -247,7 +253,7 @@ def _mask_tensor(load: Expr, leaves: Leaves) -> str:
         if index.op == "floordiv" and index.operands[1].op == "const"
     }
     name = f"mask of blocks of {min(sizes)}" if sizes else "a mask tensor"
-    value = None if leaves is None else leaves[load.slot]
+    value = known.leaves[load.slot] if known.leaves else None
     if value is None or value.dtype != torch.bool or not value.numel():
         return name
     rows_and_columns = [index.op for index in load.operands[-2:]] == ["floordiv", "floordiv"]

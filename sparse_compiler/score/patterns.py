@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
+
+import torch
 
 from sparse_compiler.score.affine import Comparison
 from sparse_compiler.score.expr import Expr, K, Q, S, add, and_, const, not_
 from sparse_compiler.score.fit import factored, fit
 from sparse_compiler.score.masks import plan
-from sparse_compiler.score.names import Leaves, conjunction, without
+from sparse_compiler.score.names import Known, conjunction, without
 from sparse_compiler.score.node import TRUE
 
 # A fill this low has weight 0 in any row that keeps a pair.
@@ -93,19 +96,20 @@ def _values_of(score: Expr) -> list[Expr]:
     return list(found)
 
 
-def describe(score: Expr, leaves: Leaves = None) -> str:
+def describe(score: Expr, leaves: Sequence[torch.Tensor | None] = (), earlier: int = 0) -> str:
     """What a score does, in a few words: ``"causal & sliding window 256 & padding"``.
 
     Args:
         score: a float expression.
         leaves: tensors that ``load`` reads, by slot, None for those that are not known: masks of
             blocks are looked at.
+        earlier: how many more keys than queries there are.
 
     Returns:
         The masks, joined with ``&``, and then what else is done to the scores, after commas.
     """
     found = plan(score)
-    names = conjunction(keep_condition(score), leaves)
+    names = conjunction(keep_condition(score), Known(leaves, earlier))
     names += [_addition(item) for item in found.additions]
     low, *others = [" & ".join(dict.fromkeys(names)) or "no mask", *_terms(found.full)]
     return ", ".join([low, *dict.fromkeys(others)])

@@ -144,6 +144,14 @@ def test_describe_positions(name):
     assert describe(POSITIONS[name]) == name
 
 
+def test_keys_from_before_the_first_query():
+    score = masked(and_(le(sub(K, Q), 70), lt(sub(Q, K), 10)))
+    assert describe(score) == "at most 70 ahead & sliding window 80"
+    assert describe(score, earlier=70) == "causal with an offset & sliding window 80"
+    assert describe(score, earlier=60) == "at most 70 ahead & sliding window 80"
+    assert describe(masked(CAUSAL), earlier=70) == "causal"
+
+
 def bigbird_blocks(blocks):
     """What BigBird's blocks see without the random ones."""
     i, j = torch.arange(blocks)[:, None], torch.arange(blocks)[None, :]

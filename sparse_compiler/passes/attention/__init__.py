@@ -76,7 +76,8 @@ class Attention(Pass):
             static.value(leaf.node) if leaf.kind == "static" else None
             for leaf in settled.meaning.leaves
         ]
-        rewrite.pattern = patterns.describe(settled.meaning.score, known)
+        earlier = rewrite.shape[3] - rewrite.shape[2]
+        rewrite.pattern = patterns.describe(settled.meaning.score, known, earlier)
         refusal = _refuse(site, settled)
         if refusal:
             rewrite.reason = refusal
