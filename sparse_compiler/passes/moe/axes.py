@@ -132,9 +132,7 @@ def order(node: fx.Node) -> list[int]:
         moved = dims.pop(given["source"] % count)
         dims.insert(given["destination"] % count, moved)
         return dims
-    first, second = given.get("dim0", given.get("axis0")), given.get("dim1", given.get("axis1"))
-    if node.target is aten.mT.default:
-        first, second = -2, -1
+    first, second = (given.get(f"dim{i}", given.get(f"axis{i}", i - 2)) for i in (0, 1))
     a, b = first % count, second % count
     dims[a], dims[b] = dims[b], dims[a]
     return dims
@@ -148,9 +146,9 @@ def through(node: fx.Node, layout: Layout) -> Layout | None:
     if node.target in _TURNED:
         return tuple(layout[dim] for dim in order(node))
     if node.target in _RESHAPED:
-        return _regroup(layout, shape)
+        return regroup(layout, shape)
     if node.target in _EXPANDED:
-        return _expand(layout, shape)
+        return expanded(layout, shape)
     if node.target is aten.repeat.default:
         old = ((),) * (len(shape) - len(layout)) + layout
         pairs = zip(arguments(node)["repeats"], old, strict=True)
@@ -170,7 +168,8 @@ def _repeat(times: Any) -> Axis:
     return Axis(size, repeated=True)
 
 
-def _expand(layout: Layout, shape: Sequence[Any]) -> Layout:
+def expanded(layout: Layout, shape: Sequence[Any]) -> Layout:
+    """The layout of a tensor that is expanded to a shape."""
     old = ((),) * (len(shape) - len(layout)) + layout
     pairs = zip(shape, old, strict=True)
     return tuple(
@@ -178,7 +177,7 @@ def _expand(layout: Layout, shape: Sequence[Any]) -> Layout:
     )
 
 
-def _regroup(layout: Layout, shape: Sequence[Any]) -> Layout | None:
+def regroup(layout: Layout, shape: Sequence[Any]) -> Layout | None:
     """The axes dealt out to the dimensions of another shape, from the innermost."""
     waiting = [axis for dim in leaves(layout) for axis in dim]
     found: list[tuple[Axis, ...]] = []

@@ -37,7 +37,11 @@ def part(place: int) -> Expr:
 
 
 def read_body(
-    result: fx.Node, leaf: Leaf, static: StaticValues, reader: fx.Node | None = None
+    result: fx.Node,
+    leaf: Leaf,
+    static: StaticValues,
+    reader: fx.Node | None = None,
+    writes: Writes | None = None,
 ) -> tuple[Expr, frozenset[fx.Node]]:
     """The expression of a node's value in the parts.
 
@@ -48,6 +52,7 @@ def read_body(
         static: the graph's static values.
         reader: where the value is read, to know what was written in place before; ``result``
             itself if there is nothing of the kind behind it.
+        writes: the graph's, for who reads many bodies of one graph.
 
     Returns:
         The expression, and the nodes between the parts and ``result``, with ``result``.
@@ -55,7 +60,7 @@ def read_body(
     Raises:
         Refused: the sentence says what cannot be read.
     """
-    body = _Body(result, leaf, static)
+    body = _Body(result, leaf, static, writes or Writes(static.gm.graph))
     try:
         found = body.value(result if reader is None else body.writes.now(result, reader), ())
     except NotLiftable as error:
@@ -68,9 +73,9 @@ def read_body(
 class _Body:
     """A reader of values, see ``pointwise.Reader``."""
 
-    def __init__(self, result: fx.Node, leaf: Leaf, static: StaticValues) -> None:
+    def __init__(self, result: fx.Node, leaf: Leaf, static: StaticValues, writes: Writes) -> None:
         self.nodes: set[fx.Node] = set()
-        self.writes = Writes(static.gm.graph)
+        self.writes = writes
         self._reading = result
         self._leaf = leaf
         self._static = static
