@@ -138,7 +138,11 @@ def moe_backward(
             leaves[ends[2] : ends[2] + len(outer)], leaves[-1] if outer_bias is not None else None,
         )  # fmt: skip
         out, _ = _run(*call, *literals)
-        found = torch.autograd.grad(out, leaves, grad, materialize_grads=True)
+        # Without any routed pair nothing depends on anything.
+        if out.requires_grad:
+            found = torch.autograd.grad(out, leaves, grad, materialize_grads=True)
+        else:
+            found = tuple(map(torch.zeros_like, leaves))
     return [grad_like(leaf).copy_(value) for leaf, value in zip(wanted, found, strict=True)]
 
 

@@ -18,7 +18,14 @@ from hypothesis import strategies as st
 
 from sparse_compiler.codegen import cpp, inductor
 
-HEADERS = ("vec", "transpose", "attention_math", "attention_backward_plan", "attention_backward")
+HEADERS = (
+    "vec",
+    "transpose",
+    "math",
+    "attention_math",
+    "attention_backward_plan",
+    "attention_backward",
+)
 SCALE, CAP = 0.25, 3.0
 SMALLEST = torch.finfo(torch.float32).min
 INF, NAN = float("inf"), float("nan")

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from sparse_compiler.codegen import cpp, inductor
 
-HEADERS = ("vec", "transpose", "attention_math", "attention_forward", "attention_decode")
+HEADERS = ("vec", "transpose", "math", "attention_math", "attention_forward", "attention_decode")
 BLOCK, SCALE, CAP = 64, 0.25, 3.0
 INF, NAN = float("inf"), float("nan")
 # Inductor's setting that leaves vectors of this many bits.

@@ -16,7 +16,7 @@ struct Matrix {
 };
 
 constexpr int N_BLOCK = 48;          // rows of w that make a task
-constexpr int64_t K_BLOCK = 768;     // units
+constexpr int64_t K_BLOCK = 1024;    // units
 constexpr int FEW_ROWS = 4;
 
 template <class E>
@@ -24,10 +24,13 @@ constexpr int64_t slab_elements() {
   return N_BLOCK * (K_BLOCK + VL) * E::per_unit;
 }
 
-// sums[r * C + j] = a[r] . b[j]
-template <class E, int R, int C>
+// sums[r * C + j] = a[r] . b[j]; meanwhile `ahead`, the rows that are next in b's place, are asked
+// for, which the processor does not see coming: they lie on other pages.
+template <class E, int R, int C, bool AHEAD>
 __attribute__((noinline)) void dot_block(const typename E::T* const* a,
-                                         const typename E::T* const* b, int64_t K, float* sums) {
+                                         const typename E::T* const* b,
+                                         const typename E::T* const* ahead, int64_t K,
+                                         float* sums) {
   using T = typename E::T;
   constexpr int STEP = VL * E::per_unit, GROUPS = (R * C + 15) / 16;
   vf<VL> acc[GROUPS * 16] = {};
@@ -36,6 +39,8 @@ __attribute__((noinline)) void dot_block(const typename E::T* const* a,
     vf<VL> bs[C];
 #pragma GCC unroll 16
     for (int j = 0; j < C; ++j) bs[j] = load<VL>(b[j] + k);
+    if constexpr (AHEAD)
+      for (int j = 0; j < C; ++j) __builtin_prefetch(ahead[j] + k, 0, 2);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
       const vf<VL> x = load<VL>(a[r] + k);
@@ -134,7 +139,13 @@ void multiply(const typename E::T* const* a, int rows, Matrix<E> w, int64_t n0, 
         const T* y[C];
         for (int j = 0; j < C; ++j) y[j] = columns_of[std::min(j0 + j, columns - 1)];
         float sums[(R * C + 15) / 16 * 16];
-        dot_block<E, R, C>(x, y, k1 - k0, sums);
+        if (r0 == 0 && w.k_stride == 1) {
+          const T* next[C];
+          for (int j = 0; j < C; ++j) next[j] = y[j] + C * w.n_stride;
+          dot_block<E, R, C, true>(x, y, next, k1 - k0, sums);
+        } else {
+          dot_block<E, R, C, false>(x, y, y, k1 - k0, sums);
+        }
         for (int r = 0; r < std::min(R, rows - r0); ++r)
           for (int j = 0; j < std::min(C, columns - j0); ++j) {
             float* const to = c + (r0 + r) * ldc + j0 + j;
