@@ -1,1 +1,202 @@
-"""Mixtures of experts: each token through the experts it is routed to, and no others."""
+"""Mixtures of experts: each token through the experts it is routed to, and no others.
+
+Find: the ways of writing one, each in a module of its own that reads the graph and proves what the
+routing is. Check: the kernels can compute it, and doing so pays. Rewrite: one operator
+(``ops.moe``) that takes tokens, expert ids and their weights, and the model's own parameters where
+they lie.
+
+- ``grouped``: pairs of a token and an expert sorted by expert, one grouped product a layer.
+- ``gathered``: the weights of each pair's expert gathered, one batched product a layer.
+- ``capacity``: one-hot dispatch into a fixed number of slots an expert.
+- ``dense``: every expert on every token, weights stacked, results weighted by mostly zeros.
+- ``unrolled``: the same with experts of their own, one after the other.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import fx
+
+from sparse_compiler.dispatch import MoeProblem
+from sparse_compiler.ops import moe as _operators  # noqa: F401  registers the operators
+from sparse_compiler.passes.attention.example import hint
+from sparse_compiler.passes.base import Pass, Rewrite, module_path
+from sparse_compiler.passes.moe import gathered, grouped
+from sparse_compiler.passes.moe.site import Refusal, Site
+from sparse_compiler.passes.moe.writes import owner
+from sparse_compiler.passes.verify import verifier
+from sparse_compiler.region import Builder, Region, replace_region
+from sparse_compiler.score.expr import to_text
+from sparse_compiler.static import StaticValues
+
+ops = torch.ops.sparse_compiler
+
+Finder = Callable[[fx.GraphModule, StaticValues], Iterator[Site | Refusal]]
+
+FINDERS: tuple[Finder, ...] = (grouped.find, gathered.find)
+
+_DTYPES = (torch.float32, torch.bfloat16)
+
+
+class Moe(Pass):
+    """Computes the routed pairs of tokens and experts only; see the module's text."""
+
+    name = "moe"
+
+    def run(self, gm: fx.GraphModule) -> None:
+        static = StaticValues(gm, training=self.context.training)
+        chosen: list[tuple[Site, Rewrite]] = []
+        for found in find_sites(gm, static):
+            rewrite = Rewrite(self.name, module_path(found.node, found.node.name))
+            rewrite.spelling = found.spelling
+            self.context.rewrites.append(rewrite)
+            if isinstance(found, Refusal):
+                rewrite.reason = found.reason
+                continue
+            try:
+                if self._decide(found, rewrite, len(chosen)):
+                    chosen.append((found, rewrite))
+            except Exception as error:
+                self.context.failed(rewrite, error)
+        # The last first: what one reads may be the result of one before it.
+        for site, rewrite in reversed(chosen):
+            try:
+                self._rewrite(gm, site, static, rewrite)
+                rewrite.applied, rewrite.format = True, "routed"
+            except Exception as error:
+                self.context.failed(rewrite, error)
+
+    def _decide(self, site: Site, rewrite: Rewrite, waiting: int) -> bool:
+        """Whether to rewrite a site; says why."""
+        problem = self._problem(site)
+        rewrite.shape = (
+            problem.tokens, site.experts, site.choices, site.features, site.hidden,
+        )  # fmt: skip
+        rewrite.rows = (problem.tokens,)
+        rewrite.dtype = str(site.dtype).removeprefix("torch.")
+        rewrite.pattern = f"top {site.choices} of {site.experts}"
+        if problem.written_pairs > problem.pairs:
+            rewrite.sparsity = 1 - problem.pairs / problem.written_pairs
+        refusal = _refuse(site, self.context.training)
+        if refusal:
+            rewrite.reason = refusal
+            return False
+        fuel = self.context.options.fuel
+        applied = sum(item.applied for item in self.context.rewrites)
+        if fuel is not None and applied + waiting >= fuel:
+            rewrite.reason = "options['fuel'] is used up"
+            return False
+        decision = self.context.selector.dispatch(problem)
+        rewrite.speedup, rewrite.baseline_ms = decision.speedup, decision.baseline_ms
+        rewrite.sparse_ms = decision.sparse_ms
+        rewrite.reason = (
+            f"{problem.pairs} of {problem.written_pairs} pairs are computed; {decision.reason}"
+        )
+        return decision.format is not None
+
+    def _problem(self, site: Site) -> MoeProblem:
+        return MoeProblem(
+            tokens=hint(site.tokens),
+            choices=site.choices,
+            experts=site.experts,
+            features=site.features,
+            hidden=site.hidden,
+            out_features=site.out_features,
+            parts=_parts(site),
+            dtype=site.dtype,
+            body=to_text(site.body),
+            form=site.form,
+            listed=len(site.outer) > 1,
+            turned=site.turned,
+            bias=bool(site.inner_bias) or site.outer_bias is not None,
+            slots=hint(site.slots),
+            training=self.context.training,
+            threads=torch.get_num_threads(),
+        )
+
+    def _rewrite(
+        self, gm: fx.GraphModule, site: Site, static: StaticValues, rewrite: Rewrite
+    ) -> None:
+        region = Region.of(site.region)
+
+        def build(builder: Builder, *inputs: fx.Node) -> list[fx.Node]:
+            call = (
+                site.x(builder), site.ids(builder), site.gates(builder),
+                [make(builder) for make in site.inner],
+                [make(builder) for make in site.inner_bias],
+                [make(builder) for make in site.outer],
+                None if site.outer_bias is None else site.outer_bias(builder),
+                to_text(site.body), site.experts, site.passthrough, site.gates_on_input,
+            )  # fmt: skip
+            if self.context.training:
+                both = builder.call(ops.moe_training.default, *call)
+                result = builder.call(operator.getitem, both, 0)
+            else:
+                result = builder.call(ops.moe.default, *call)
+            # An operator in place has two names for what it returns.
+            return [site.restore(builder, result)] * len(region.outputs)
+
+        strangers = [node for node in region.outputs if owner(node) is not owner(site.node)]
+        if strangers:
+            raise ValueError(f"{strangers[0].name} is used outside of what {site.node.name} needs")
+        # Results of another type than the experts' are held to their own type's bound.
+        alike = site.node.meta["val"].dtype == site.dtype
+        replace_region(
+            gm,
+            region,
+            build,
+            rule=f"{self.name}: {site.spelling}, {rewrite.pattern}",
+            verify=verifier(gm, static, self.context, rewrite.target) if alike else None,
+            fresh=True,
+        )
+
+
+def find_sites(gm: fx.GraphModule, static: StaticValues) -> list[Site | Refusal]:
+    """Every mixture of experts of the graph, in its order; no two sites share a node."""
+    sites: list[Site] = []
+    refusals: dict[fx.Node, Refusal] = {}
+    taken: set[fx.Node] = set()
+    for finder in FINDERS:
+        for found in finder(gm, static):
+            if isinstance(found, Refusal):
+                refusals.setdefault(found.node, found)
+            elif taken.isdisjoint(found.region):
+                sites.append(found)
+                taken |= found.region
+    left = [refusal for node, refusal in refusals.items() if node not in taken]
+    return sorted([*sites, *left], key=lambda found: found.node)
+
+
+def _parts(site: Site) -> int:
+    stacked = len(site.outer) == 1 and site.experts > 1
+    return len(site.inner) if stacked or site.experts == 1 else len(site.inner) // site.experts
+
+
+def _refuse(site: Site, training: bool) -> str | None:
+    """Why no kernel can compute this mixture, or it cannot be moved; or None."""
+    if site.dtype not in _DTYPES:
+        name = str(site.dtype).removeprefix("torch.")
+        return f"it is {name}: the kernels take float32 and bfloat16"
+    device = site.node.meta["val"].device.type
+    if device != "cpu":
+        return f"it is on {device}: this version has kernels for CPUs only"
+    if not 1 <= _parts(site) <= 2:
+        return f"{_parts(site)} linear layers feed an expert's body: the kernels take one or two"
+    reason = Region.of(site.region).why_not_movable(fresh=True)
+    if reason is not None:
+        return f"it cannot be moved: {reason}"
+    if training and _switches_gradients(site):
+        return "gradients are switched on or off in the midst of it"
+    return None
+
+
+def _switches_gradients(site: Site) -> bool:
+    node, last = min(site.region), max(site.region)
+    while node is not last:
+        if node.target is torch._C._set_grad_enabled:
+            return True
+        node = node.next
+    return False

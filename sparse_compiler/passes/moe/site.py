@@ -44,6 +44,7 @@ class Site:
         gates_on_input: whether a gate scales its token, not the expert's result.
         passthrough: experts behind the E that return the token itself.
         slots: slots of each expert, of the form ``"capacity"``.
+        turned: whether weights are stored [in, out].
     """
 
     node: fx.Node
@@ -69,6 +70,7 @@ class Site:
     gates_on_input: bool = False
     passthrough: int = 0
     slots: int | torch.SymInt = 0
+    turned: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

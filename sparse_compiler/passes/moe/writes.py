@@ -87,7 +87,7 @@ class Writes:
         behind = self._behind(node, reader)
         for writer in behind:
             targets = writes_to(writer)
-            if len(targets) != 1 or _owner(targets[0]) is not _owner(node):
+            if len(targets) != 1 or owner(targets[0]) is not owner(node):
                 raise Refused(f"{node.name} is written to in place through a view of it")
         return behind[-1] if behind else node
 
@@ -96,7 +96,7 @@ class Writes:
         return bool(self._behind(node, reader))
 
 
-def _owner(node: fx.Node) -> fx.Node:
+def owner(node: fx.Node) -> fx.Node:
     """The tensor that a chain of operators in place began with."""
     while True:
         targets = writes_to(node)
