@@ -174,7 +174,7 @@ def _name(item: Expr, known: Known) -> str:
     if not item.depends_on("q") and not item.depends_on("k"):
         return "a condition on the whole batch"
     if item.op == "eq":
-        name = _same(*item.operands)
+        name = _chunks(item) or _same(*item.operands)
         if name:
             return name
     if not (item.depends_on("q") and item.depends_on("k")):
@@ -199,6 +199,21 @@ def _one_sided(item: Expr) -> str:
     return f"a condition on the {side}"
 
 
+def _chunks(item: Expr) -> str | None:
+    """The name of an equality of two positions' quotients, which may count from elsewhere."""
+    found = Comparison.of(item)
+    terms = [] if found is None else [term for term, factor in found.terms if abs(factor) == 1]
+    if found is None or len(terms) != 2 or len(found.terms) != 2:
+        return None
+    other, key = sorted(terms, key=lambda term: term.depends_on("k"))
+    divided = key.op == other.op == "floordiv" and key.operands[1] is other.operands[1]
+    if not divided or not _is_of(key, "k") or key.operands[1].op != "const":
+        return None
+    if _is_of(other, "q"):
+        return f"chunks of {key.operands[1]}"
+    return None if other.depends_on("hk") else f"chunk of {key.operands[1]} at a position"
+
+
 def _same(left: Expr, right: Expr) -> str | None:
     """The name of ``f(q) == f(k)``, or of a remainder of q - k."""
     for one, other in ((left, right), (right, left)):
@@ -207,15 +222,10 @@ def _same(left: Expr, right: Expr) -> str | None:
             swapped = without(Affine.of(one.operands[0]).terms, (Q, -1), (K, 1))
             if not rest.depends_on("qk") or not swapped.depends_on("qk"):
                 return f"dilated {one.operands[1].value}"
-        divided = one.op == other.op == "floordiv" and one.operands[1] is other.operands[1]
-        if divided and _is_of(one, "k") and not other.depends_on("bhqk"):
-            return f"chunk of {one.operands[1]} at a position"
         if one.op == other.op == "load" and _is_of(one, "q") and _is_of(other, "k"):
             return "same document"
     if left.substitute({Q: K}) is not right and right.substitute({Q: K}) is not left:
         return None
-    if left.op == "floordiv" and left.operands[1].op == "const":
-        return f"chunks of {left.operands[1].value}"
     return "same document" if left.depends_on("load") else "same block"
 
 

@@ -22,6 +22,17 @@ import transformers as hf
 from torch import nn
 from torch.nn import functional as F
 
+from tests.models.attention_expected import (
+    CAUSAL,
+    T5,
+    Expected,
+    always,
+    chunked,
+    decoder,
+    encoder,
+    sliding,
+)
+
 VOCABULARY = 100
 LENGTH = 160
 WINDOW = 32
@@ -41,8 +52,6 @@ _SIZES = {
 _GROUPED = {**_SIZES, **_SPECIAL, "num_key_value_heads": 2}
 _HYBRID = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": WINDOW}
 _NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-
-Expected = Mapping[str, tuple[str | None, ...]]
 
 
 def tokens(batch: int, length: int, seed: int = 1) -> torch.Tensor:
@@ -242,17 +251,23 @@ def _longformer_inputs() -> dict[str, Any]:
 
 
 MODELS: dict[str, Subject] = {
-    "llama": _decoder("Llama", {}),
-    "mistral": _decoder("Mistral", {"sliding_window": WINDOW}),
+    "llama": _decoder("Llama", {}, expected=decoder(CAUSAL, CAUSAL, flagged=True)),
+    "mistral": _decoder(
+        "Mistral",
+        {"sliding_window": WINDOW},
+        expected=decoder(sliding(WINDOW), sliding(WINDOW)),
+    ),
     "gemma2": _decoder(
         "Gemma2",
         {**_HYBRID, "head_dim": 24, "attn_logit_softcapping": 5.0, "query_pre_attn_scalar": 24},
         implementations=("eager",),
+        expected=decoder(sliding(WINDOW), CAUSAL, terms=", soft-cap 5"),
     ),
     "gemma3": _decoder(
         "Gemma3",
         {**_HYBRID, "head_dim": 32, "query_pre_attn_scalar": 32},
         config="Gemma3TextConfig",
+        expected=decoder(sliding(WINDOW), CAUSAL, flagged=True),
     ),
     "gpt_oss": _decoder(
         "GptOss",
@@ -264,9 +279,14 @@ MODELS: dict[str, Subject] = {
             "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
         },
         implementations=("eager",),
+        expected=decoder(sliding(WINDOW), CAUSAL),
     ),
-    "phi3": _decoder("Phi3", {"sliding_window": 64}),
-    "qwen2": _decoder("Qwen2", {**_HYBRID, "use_sliding_window": True}),
+    "phi3": _decoder("Phi3", {"sliding_window": 64}, expected=decoder(sliding(64), sliding(64))),
+    "qwen2": _decoder(
+        "Qwen2",
+        {**_HYBRID, "use_sliding_window": True},
+        expected=decoder(sliding(WINDOW), CAUSAL, flagged=True),
+    ),
     "llama4": _decoder(
         "Llama4",
         {
@@ -278,6 +298,7 @@ MODELS: dict[str, Subject] = {
             "layer_types": ["chunked_attention", "full_attention"],
         },
         config="Llama4TextConfig",
+        expected=decoder(chunked(48), CAUSAL, flagged=True),
     ),
     "modernbert": Subject(
         _hugging_face(
@@ -291,9 +312,13 @@ MODELS: dict[str, Subject] = {
                 "local_attention": 2 * WINDOW,
                 "layer_types": ["full_attention", "sliding_attention"],
             },
-        )
+        ),
+        expected=encoder("", f"local window {WINDOW} to either side"),
     ),
-    "bert": Subject(_hugging_face("BertModel", "BertConfig", {**_SIZES, **_NO_DROPOUT})),
+    "bert": Subject(
+        _hugging_face("BertModel", "BertConfig", {**_SIZES, **_NO_DROPOUT}),
+        expected=encoder("", ""),
+    ),
     "gpt2": Subject(
         _hugging_face(
             "GPT2LMHeadModel",
@@ -311,6 +336,7 @@ MODELS: dict[str, Subject] = {
             },
         ),
         stages=("forward", "cache", "decode", "train"),
+        expected=decoder(CAUSAL, CAUSAL, flagged=True),
     ),
     "gpt_neo": Subject(
         _hugging_face(
@@ -329,6 +355,7 @@ MODELS: dict[str, Subject] = {
         ),
         implementations=("eager",),
         stages=("forward", "cache", "train"),
+        expected=decoder(CAUSAL, sliding(WINDOW)),
     ),
     "bloom": Subject(
         _hugging_face(
@@ -344,6 +371,12 @@ MODELS: dict[str, Subject] = {
         ),
         implementations=("eager",),
         stages=("forward", "cache", "train"),
+        # Its GELU is a torch.autograd.Function: in training the whole graph is left as it is.
+        expected={
+            **decoder(CAUSAL, CAUSAL, terms=", ALiBi"),
+            "train": (),
+            "train right": (),
+        },
     ),
     "mpt": Subject(
         _hugging_face(
@@ -360,9 +393,19 @@ MODELS: dict[str, Subject] = {
         ),
         implementations=("eager",),
         stages=("forward", "cache", "train"),
+        expected=decoder(CAUSAL, CAUSAL, terms=", ALiBi"),
     ),
-    "falcon": Subject(_falcon(alibi=False), stages=("forward", "cache", "decode", "train")),
-    "falcon_alibi": Subject(_falcon(alibi=True), stages=("forward", "cache", "train")),
+    "falcon": Subject(
+        _falcon(alibi=False),
+        stages=("forward", "cache", "decode", "train"),
+        expected=decoder(CAUSAL, CAUSAL),
+    ),
+    "falcon_alibi": Subject(
+        _falcon(alibi=True),
+        stages=("forward", "cache", "train"),
+        # Its biases are computed from the padding mask.
+        expected=decoder(CAUSAL, CAUSAL, terms=", bias of each head and key"),
+    ),
     "t5": Subject(
         _hugging_face(
             "T5ForConditionalGeneration",
@@ -380,6 +423,7 @@ MODELS: dict[str, Subject] = {
         ),
         _pair,
         stages=("forward", "cache", "train"),
+        expected=T5,
     ),
     "swin": Subject(
         _hugging_face(
@@ -397,6 +441,8 @@ MODELS: dict[str, Subject] = {
         ),
         _image,
         mask=None,
+        # The shifted windows' mask is -100, of which exp is not 0.
+        expected=always(None, None),
     ),
     "longformer": Subject(_longformer, implementations=("eager",)),
     "longformer_global": Subject(_longformer, _longformer_inputs, implementations=("eager",)),
@@ -415,6 +461,7 @@ MODELS: dict[str, Subject] = {
         _sequence("idx", 200),
         implementations=("own",),
         mask=None,
+        expected=always("causal", "causal"),
     ),
     "local_attention": Subject(
         _local_transformer,

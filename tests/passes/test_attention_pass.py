@@ -82,6 +82,16 @@ def rewritten(
         return Attention(context)(canonicalize(model.eval(), *args)).graph_module, context.rewrites
 
 
+def given_rewritten(model: nn.Module, *args: Tensor) -> tuple[Any, list[Rewrite]]:
+    """The same with a pass that may look at the inputs."""
+    context = PassContext(Options.parse({"on_error": "raise"}), False, AlwaysSelector())
+    with torch.no_grad():
+        graph = canonicalize(model.eval(), *args)
+        names = [node.name for node in graph.graph.nodes if node.op == "placeholder"]
+        graph.meta["example_inputs"] = dict(zip(names, args, strict=True))
+        return Attention(context)(graph).graph_module, context.rewrites
+
+
 @pytest.mark.parametrize(
     "spelling", ["bool mask", "float mask", "nanoGPT", "finfo.min", "where", "bias"]
 )
@@ -112,6 +122,25 @@ def test_a_runtime_mask_is_mapped_once():
     torch.testing.assert_close(graph(*other), model(*other), rtol=1e-4, atol=1e-5)
 
 
+class Biased(nn.Module):
+    """A bias for each head, from outside."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_bias_is_no_mask_unless_it_masks(masked):
+    bias = torch.randn(1, 4, N, N)
+    if masked:
+        bias = bias.masked_fill(torch.ones(N, N).triu(1) > 0, -math.inf)
+    args = (*inputs(), bias)
+    graph, (rewrite,) = given_rewritten(Biased(), *args)
+    assert rewrite.applied is masked
+    assert masked or rewrite.reason == "no tile of 64 queries and 64 keys is empty"
+    torch.testing.assert_close(graph(*args), Biased()(*args), rtol=1e-4, atol=1e-5)
+
+
 class WrittenInPlace(nn.Module):
     """A padding mask as Longformer makes it: a float mask of which an alias is written to."""
 
@@ -124,14 +153,8 @@ class WrittenInPlace(nn.Module):
 def test_the_map_is_estimated_from_a_mask_that_is_written_to():
     pad = (torch.arange(N)[None] < torch.tensor([[N], [64]])).long()
     model, args = WrittenInPlace(), (*inputs(), pad)
-    context = PassContext(Options.parse({"on_error": "raise"}), False, AlwaysSelector())
     before = pad.clone()
-    with torch.no_grad():
-        graph = canonicalize(model, *args)
-        names = [node.name for node in graph.graph.nodes if node.op == "placeholder"]
-        graph.meta["example_inputs"] = dict(zip(names, args, strict=True))
-        graph = Attention(context)(graph).graph_module
-    (rewrite,) = context.rewrites
+    graph, (rewrite,) = given_rewritten(model, *args)
     assert rewrite.applied and rewrite.sparsity == pytest.approx(1 / 3), rewrite.reason
     assert torch.equal(pad, before)
     torch.testing.assert_close(graph(*args), model(*args), rtol=1e-4, atol=1e-5)

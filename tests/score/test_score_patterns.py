@@ -111,6 +111,12 @@ POSITIONS = {
     "keys up to a position & chunk of 48 at a position": masked(
         and_(le(K, POSITION), eq(floordiv(K, 48), floordiv(POSITION, 48)))
     ),
+    "keys up to a position & chunk of 8 at a position": masked(
+        and_(
+            le(K, POSITION),
+            eq(floordiv(add(K, load(1, "i64", B)), 8), floordiv(add(SEEN, load(1, "i64", B)), 8)),
+        )
+    ),
     "padding": masked(lt(K, load(0, "i64", B))),
     "padded queries": masked(lt(Q, load(0, "i64", B))),
     "causal in position ids": masked(le(K, POSITION_IDS)),
@@ -125,6 +131,7 @@ POSITIONS = {
         )
     ),
     "causal & same document": masked(and_(CAUSAL, eq(load(0, "i64", B, Q), load(1, "i64", B, K)))),
+    "chunks of 48": masked(eq(floordiv(add(Q, 70), 48), floordiv(add(K, 23), 48))),
     "causal in blocks of 16": masked(le(COLUMN, ROW)),
     "(local window 1 to either side in blocks of 16 | global blocks of 16)": masked(
         or_(NEAR, EDGE, eq(COLUMN, 0), eq(COLUMN, 10))

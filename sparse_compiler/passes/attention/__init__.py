@@ -31,6 +31,7 @@ from sparse_compiler.score import patterns, tiles
 from sparse_compiler.score.cost import AttentionProblem
 from sparse_compiler.score.expr import to_text
 from sparse_compiler.score.fill import fill_of
+from sparse_compiler.score.masks import plan
 from sparse_compiler.static import StaticValues, arguments, combine
 
 aten = torch.ops.aten
@@ -85,7 +86,7 @@ class Attention(Pass):
         problem = self._problem(gm, site, settled, static)
         rewrite.sparsity = 1 - problem.density
         rewrite.rows = (problem.queries,)
-        if problem.density == 1 and not settled.at_run_time:
+        if problem.density == 1 and not _may_be_masked(settled):
             rewrite.reason = f"no tile of {tiles.BLOCK_Q} queries and {tiles.BLOCK_K} keys is empty"
             return
         if self.context.out_of_fuel():
@@ -224,6 +225,15 @@ def _size(builder: Builder, tensors: tuple[fx.Node, fx.Node], place: int) -> Any
     if isinstance(size, int):
         return size
     return builder.call(aten.sym_size.int, node, dim)
+
+
+def _may_be_masked(settled: Settled) -> bool:
+    """Whether another call may leave tiles empty where this one leaves none.
+
+    A bias for each head may hold anything, but in a model that adds no mask it is just a bias.
+    """
+    found = plan(settled.score)
+    return settled.at_run_time and bool(found.conditions or found.additions)
 
 
 def _tiles(problem: AttentionProblem) -> str:
