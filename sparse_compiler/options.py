@@ -8,7 +8,9 @@ from typing import Any
 
 from sparse_compiler.errors import OptionError, nearest
 
-PASS_NAMES = ("dead_channels", "sparse_linear", "attention", "linear_attention", "fold_static")
+PASS_NAMES = (
+    "moe", "dead_channels", "sparse_linear", "attention", "linear_attention", "fold_static",
+)  # fmt: skip
 SELECTIONS = ("measure", "model", "always")
 
 

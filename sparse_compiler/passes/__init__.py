@@ -7,6 +7,7 @@ from sparse_compiler.passes.base import Pass, PassContext, PassManager, Rewrite
 from sparse_compiler.passes.dead_channels import DeadChannels
 from sparse_compiler.passes.fold_static import FoldStatic
 from sparse_compiler.passes.linear_attention import LinearAttention
+from sparse_compiler.passes.moe import Moe
 from sparse_compiler.passes.sparse_linear import SparseLinear
 
 PASSES: dict[str, type[Pass]] = {
@@ -14,6 +15,7 @@ PASSES: dict[str, type[Pass]] = {
     DeadChannels.name: DeadChannels,
     FoldStatic.name: FoldStatic,
     LinearAttention.name: LinearAttention,
+    Moe.name: Moe,
     SparseLinear.name: SparseLinear,
 }
 
@@ -23,6 +25,7 @@ __all__ = [
     "DeadChannels",
     "FoldStatic",
     "LinearAttention",
+    "Moe",
     "Pass",
     "PassContext",
     "PassManager",

@@ -424,6 +424,18 @@ def cast(builder: Builder, node: fx.Node, dtype: torch.dtype) -> fx.Node:
     return builder.call(aten.to.dtype, node, dtype)
 
 
+def gates_or_ones(gates: Make | None, dispatch: Dispatch, ids: fx.Node, dtype: torch.dtype) -> Make:
+    """The weights as floats, and ones if there are none."""
+
+    def make(builder: Builder) -> fx.Node:
+        if gates is None:
+            return builder.call(aten.ones_like.default, dispatch.table(builder, ids), dtype=dtype)
+        made = gates(builder)
+        return made if made.meta["val"].is_floating_point() else cast(builder, made, dtype)
+
+    return make
+
+
 _STEPS: dict[str, Callable[[Follower, Combined, fx.Node], Combined | None]] = {
     "add": Follower._add,
     "__iadd__": Follower._add,

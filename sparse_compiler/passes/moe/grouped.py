@@ -18,6 +18,7 @@ from torch import fx
 
 from sparse_compiler.passes.attention.symbols import sizes_of
 from sparse_compiler.passes.moe.body import read_body
+from sparse_compiler.passes.moe.copies import repeated
 from sparse_compiler.passes.moe.follower import (
     ROWS,
     Combined,
@@ -25,6 +26,7 @@ from sparse_compiler.passes.moe.follower import (
     Follower,
     cast,
     gates_of,
+    gates_or_ones,
 )
 from sparse_compiler.passes.moe.layout import FEATURES, SAME, Axis, Layout, schema_name
 from sparse_compiler.passes.moe.parts import Parts, bias_of, weight_of
@@ -32,7 +34,6 @@ from sparse_compiler.passes.moe.regions import region_of
 from sparse_compiler.passes.moe.routing import Routing
 from sparse_compiler.passes.moe.site import Make, Refusal, Refused, Site, given
 from sparse_compiler.passes.moe.writes import Writes
-from sparse_compiler.region import Builder
 from sparse_compiler.static import StaticValues, arguments
 
 aten = torch.ops.aten
@@ -209,41 +210,6 @@ def _sorted_tokens(routing: Routing, rows: fx.Node, experts: int) -> tuple[fx.No
         return _masks_strangers(routing, node, perm, experts)
 
     return x, Dispatch(count, int(choices), by_choice, perm, masks)
-
-
-def repeated(routing: Routing, node: fx.Node) -> tuple[fx.Node, sympy.Expr, bool]:
-    """(tokens, K or T, whether by choice) of copies [T * K, D] of tokens; else K is 1."""
-    name = schema_name(node)
-    source = routing.operand(node, "self")
-    if not isinstance(source, fx.Node):
-        return node, sympy.Integer(1), False
-    before, after = sizes_of(source), sizes_of(node)
-    if name == "repeat_interleave" and arguments(node)["dim"] == 0:
-        times = arguments(node)["repeats"]
-        if isinstance(times, int) and len(before) == 2:
-            return source, sympy.Integer(times), False
-    if name == "repeat" and len(before) == 2 and before[1] == after[1]:
-        return source, before[0], True
-    wide = name in ("view", "reshape", "flatten", "_unsafe_view") and len(before) == 3
-    if wide and len(after) == 2 and before[2] == after[1] and schema_name(source) == "expand":
-        return _expanded(routing, source) or (node, sympy.Integer(1), False)
-    return node, sympy.Integer(1), False
-
-
-def _expanded(routing: Routing, node: fx.Node) -> tuple[fx.Node, sympy.Expr, bool] | None:
-    """Of ``x.unsqueeze(0 or 1).expand(...)`` with three dimensions."""
-    narrow = routing.operand(node, "self")
-    if not isinstance(narrow, fx.Node) or schema_name(narrow) not in ("unsqueeze", "view"):
-        return None
-    x = routing.operand(narrow, "self")
-    before, after = sizes_of(narrow), sizes_of(node)
-    if not isinstance(x, fx.Node) or len(sizes_of(x)) != 2 or len(before) != 3:
-        return None
-    if before == [sizes_of(x)[0], sympy.Integer(1), sizes_of(x)[1]] and before[0] == after[0]:
-        return x, after[1], False
-    if before == [sympy.Integer(1), *sizes_of(x)] and before[1] == after[1]:
-        return x, after[1], True
-    return None
 
 
 def _masks_strangers(routing: Routing, mask: fx.Node, perm: fx.Node, experts: int) -> bool:
@@ -424,15 +390,3 @@ class _Reading:
 
 def _turned(weight: fx.Node) -> Make:
     return lambda builder: builder.call(aten.transpose.int, weight, 1, 2)
-
-
-def gates_or_ones(gates: Make | None, dispatch: Dispatch, ids: fx.Node, dtype: torch.dtype) -> Make:
-    """The weights as floats, and ones if there are none."""
-
-    def make(builder: Builder) -> fx.Node:
-        if gates is None:
-            return builder.call(aten.ones_like.default, dispatch.table(builder, ids), dtype=dtype)
-        made = gates(builder)
-        return made if made.meta["val"].is_floating_point() else cast(builder, made, dtype)
-
-    return make
