@@ -101,6 +101,14 @@ def unify(left: Sequence[Axis], right: Sequence[Axis]) -> bool:
     return not first and not second
 
 
+def aligned(layout: Layout, other: Layout) -> bool:
+    """Whether what is broadcast to a tensor has its axes; links them to the tensor's."""
+    if len(other) > len(layout):
+        return False
+    pairs = zip(layout[len(layout) - len(other) :], other, strict=True)
+    return all(not theirs or unify(mine, theirs) for mine, theirs in pairs)
+
+
 _SAME = {
     aten.contiguous.default, aten.clone.default, aten.alias.default, aten.detach.default,
     aten.lift_fresh_copy.default,
