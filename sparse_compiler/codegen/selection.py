@@ -122,6 +122,24 @@ class MeasuringSelector:
         why = f"dense is faster or as fast: {reason}, {self._min_speedup:.2f}x is wanted"
         return Decision(None, why, ratio, *found)
 
+    def race(
+        self, key: str, estimate: tuple[float, float], runs: Callable[[], tuple[Run, Run]]
+    ) -> Decision:
+        """See ``Selector``."""
+        found = _cache().get(key)
+        if found is None:
+            if self._budget <= 0:
+                return Decision(None, _NO_TIME)
+            first, second = runs()
+            found, seconds = _race([first], [second])
+            self._budget -= seconds
+            _cache().put(key, found)
+        ratio = found[0] / found[1]
+        if ratio >= self._min_speedup:
+            return Decision("rewritten", f"measured {ratio:.2f}x", ratio, *found)
+        why = f"not faster: measured {ratio:.2f}x, {self._min_speedup:.2f}x is wanted"
+        return Decision(None, why, ratio, *found)
+
     def dispatch(self, problem: MoeProblem) -> Decision:
         """See ``Selector``."""
         fields = dataclasses.asdict(dataclasses.replace(problem, dtype=torch.float32))

@@ -7,6 +7,7 @@ and which formats are worth measuring at all. Times are in milliseconds.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 
@@ -169,6 +170,14 @@ class ModelSelector(Roofline):
             return Decision("tiles", reason, ratio, dense, sparse)
         return Decision(None, f"not faster: {reason}", ratio, dense, sparse)
 
+    def race(self, key: str, estimate: tuple[float, float], runs: Any) -> Decision:
+        """See ``Selector``; runs nothing."""
+        before, after = estimate
+        reason = f"the roofline model expects {before / after:.2f}x"
+        if before / after >= self.min_speedup:
+            return Decision("rewritten", reason, before / after, before, after)
+        return Decision(None, f"not faster: {reason}", before / after, before, after)
+
     def dispatch(self, problem: MoeProblem) -> Decision:
         """See ``Selector``."""
         written, routed = written_ms(problem), routed_ms(problem)
@@ -194,3 +203,7 @@ class AlwaysSelector(Roofline):
     def dispatch(self, problem: MoeProblem) -> Decision:
         """See ``Selector``."""
         return Decision("routed", 'selection="always" measures nothing')
+
+    def race(self, key: str, estimate: tuple[float, float], runs: Any) -> Decision:
+        """See ``Selector``."""
+        return Decision("rewritten", 'selection="always" measures nothing')

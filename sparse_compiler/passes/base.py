@@ -11,7 +11,7 @@ import dataclasses
 import logging
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -34,12 +34,14 @@ class Rewrite:
 
     Attributes:
         kind: ``"linear"``, ``"dead_channels"``, ``"constant"``, ``"attention"``,
-            ``"linear_attention"``, or ``"graph"`` for one left alone.
+            ``"linear_attention"``, ``"moe"``, or ``"graph"`` for one left alone.
         target: path of the weight's module in the user's model, such as ``layers.0.mlp.up_proj``.
-        shape: out_features, in_features; of attention: batch, heads, queries, keys, head size.
+        shape: out_features, in_features; of attention: batch, heads, queries, keys, head size; of a
+            mixture of experts: tokens, experts, choices, features, hidden features.
         rows: rows of the input (batch times sequence) the decision was made for.
         dtype: of the weight; of attention: of queries and keys.
-        sparsity: fraction of zeros, 0 to 1; of attention: of tiles that are skipped.
+        sparsity: fraction of zeros, 0 to 1; of attention: of tiles that are skipped; of a mixture
+            of experts: of the pairs of a token and an expert, as written, that are not computed.
         pattern: what the zeros look like, such as ``"2:4"`` or ``"causal & sliding window 256"``.
         spelling: how the model writes it, such as ``"sdpa"`` or ``"matmul, add, softmax, matmul"``.
         format: how the weight is stored now, or ``"tiles"``; ``"dense"`` if it was left alone.
@@ -85,6 +87,21 @@ class Selector(Protocol):
 
     def attend(self, problem: AttentionProblem) -> Decision:
         """The format ``"tiles"`` if skipping a score's empty tiles pays, or None for dense."""
+        ...
+
+    def race(
+        self,
+        key: str,
+        estimate: tuple[float, float],
+        runs: Callable[[], tuple[Callable[[], None], Callable[[], None]]],
+    ) -> Decision:
+        """The format ``"rewritten"`` if the second of two runs is faster, or None for the first.
+
+        Args:
+            key: all that decides their times.
+            estimate: milliseconds of both by a roofline.
+            runs: makes them; called only if they are to be timed.
+        """
         ...
 
     def dispatch(self, problem: MoeProblem) -> Decision:

@@ -33,13 +33,13 @@ def verifier(
         generator = torch.Generator().manual_seed(0)
         values: dict[fx.Node, Any] = {}
         # A map that several attentions share belongs to what decides it.
-        maps = [node for node in _inputs(created) if node.target is _TILE_KINDS]
+        maps = [node for node in inputs_of(created) if node.target is _TILE_KINDS]
         created = [*maps, *created]
         # What only the original reads (a mask) is computed from what the rewrite reads.
-        between = _between(region.nodes, set(_inputs(created)), static)
-        for node in _inputs([*between, *region.nodes, *created]):
+        between = _between(region.nodes, set(inputs_of(created)), static)
+        for node in inputs_of([*between, *region.nodes, *created]):
             known = static.value(node) if static.is_static(node) else static.leaf(node)
-            values[node] = known if known is not None else _random(node, generator)
+            values[node] = known if known is not None else random_like(node, generator)
         _run(between, values, ())
         expected = _run(region.nodes, dict(values), region.outputs)
         actual = _run(created, dict(values), results)
@@ -67,7 +67,8 @@ def _largest(values: torch.Tensor) -> float:
     return float(values.abs().max()) if values.numel() else 0.0
 
 
-def _inputs(nodes: Sequence[fx.Node]) -> list[fx.Node]:
+def inputs_of(nodes: Sequence[fx.Node]) -> list[fx.Node]:
+    """What nodes read that is not among them."""
     inside = set(nodes)
     found = {arg: None for node in nodes for arg in node.all_input_nodes if arg not in inside}
     return list(found)
@@ -76,7 +77,7 @@ def _inputs(nodes: Sequence[fx.Node]) -> list[fx.Node]:
 def _between(nodes: Sequence[fx.Node], known: set[fx.Node], static: StaticValues) -> list[fx.Node]:
     """What has to be computed to run ``nodes`` from ``known``, static values and graph inputs."""
     found: set[fx.Node] = set()
-    waiting = _inputs(nodes)
+    waiting = inputs_of(nodes)
     while waiting:
         node = waiting.pop()
         if node in known or node in found or node.op != "call_function" or static.is_static(node):
@@ -86,7 +87,8 @@ def _between(nodes: Sequence[fx.Node], known: set[fx.Node], static: StaticValues
     return sorted(found)
 
 
-def _random(node: fx.Node, generator: torch.Generator) -> Any:
+def random_like(node: fx.Node, generator: torch.Generator) -> Any:
+    """A value of a node's shape and dtype, by the hints of what is dynamic."""
     value = node.meta["val"]
     if not isinstance(value, torch.Tensor):
         return value if isinstance(value, (int, float)) else value.node.hint

@@ -5,7 +5,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from sparse_compiler.canonical import canonicalize
-from sparse_compiler.formats.cost import AlwaysSelector
+from sparse_compiler.codegen.selection import MeasuringSelector
+from sparse_compiler.formats.cost import AlwaysSelector, ModelSelector
 from sparse_compiler.options import Options
 from sparse_compiler.passes import PassContext
 from sparse_compiler.passes.linear_attention import LinearAttention
@@ -26,6 +27,13 @@ class Model(nn.Module):
         return self.function(*args, **dict(self.named_buffers()))
 
 
+_SELECTORS = {
+    "always": lambda options: AlwaysSelector(),
+    "model": lambda options: ModelSelector(options.min_speedup),
+    "measure": lambda options: MeasuringSelector(options.min_speedup, options.selection_budget),
+}
+
+
 def linearized(function, *args, dynamic=None, **options):
     """The graph with the pass applied, and the verdicts; every rewrite is verified."""
     model = function if isinstance(function, nn.Module) else Model(function)
@@ -35,7 +43,8 @@ def linearized(function, *args, dynamic=None, **options):
     else:
         graph = canonicalize(model, *args)
     wanted = {"selection": "always", "on_error": "raise", "verify": True, **options}
-    context = PassContext(Options.parse(wanted), False, AlwaysSelector())
+    parsed = Options.parse(wanted)
+    context = PassContext(parsed, False, _SELECTORS[parsed.selection](parsed))
     result = LinearAttention(context)(graph)
     assert result.modified == any(rewrite.applied for rewrite in context.rewrites)
     return result.graph_module, context.rewrites

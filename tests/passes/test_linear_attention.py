@@ -418,6 +418,26 @@ def test_short_sequences_stay_as_they_are():
         assert rewrite.spelling == "matmul, masked_fill, sum, div, matmul"
 
 
+@pytest.mark.parametrize("spelling", [mask_filled, running_sums])
+def test_both_forms_are_timed(spelling):
+    args = inputs(1024, 32, 32, batch=1, heads=2, dtype=torch.float32)
+    graph, rewrites = linearized(spelling, *args, selection="measure", verify=False)
+    rewrite = the_only(rewrites)
+    assert rewrite.applied and rewrite.reason.startswith("measured ")
+    assert rewrite.speedup == pytest.approx(rewrite.baseline_ms / rewrite.sparse_ms)
+    torch.testing.assert_close(graph(*args), spelling(*args), rtol=1e-3, atol=1e-2)
+
+
+def test_without_time_to_measure_nothing_is_changed():
+    args = inputs(1000, 32, 24, batch=1, heads=2, dtype=torch.float32)
+    graph, rewrites = linearized(
+        mask_filled, *args, selection="measure", selection_budget=0.0, verify=False
+    )
+    assert not the_only(rewrites).applied
+    assert the_only(rewrites).reason.startswith("no time was left to measure it")
+    assert not graph.meta.get("edits")
+
+
 def test_fuel():
     def two(q, k, v):
         return tril(q, k, tril(q, k, v))

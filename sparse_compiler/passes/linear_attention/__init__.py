@@ -27,17 +27,27 @@ from torch import fx
 
 from sparse_compiler.derived import DoesNotFit, derive
 from sparse_compiler.errors import RegionError
+from sparse_compiler.formats.cost import Decision, ModelSelector
 from sparse_compiler.passes.base import Pass, Rewrite, module_path
 from sparse_compiler.passes.linear_attention.emit import Emitter
+from sparse_compiler.passes.linear_attention.indices import hint
 from sparse_compiler.passes.linear_attention.plan import CHUNK
 from sparse_compiler.passes.linear_attention.reader import Reader, ends_here
 from sparse_compiler.passes.linear_attention.results import build
 from sparse_compiler.passes.linear_attention.rules import PRODUCTS
 from sparse_compiler.passes.linear_attention.site import Root, Site, sites
 from sparse_compiler.passes.linear_attention.triangles import Fact
+from sparse_compiler.passes.trial import Run, largest_bytes, trial
 from sparse_compiler.passes.verify import Verify, verifier
 from sparse_compiler.region import Builder, Region, replace_region
 from sparse_compiler.static import StaticValues
+
+# Bytes of a tensor above which the model's own form is not run for its time.
+_MOST_BYTES = 2**30
+
+
+class _Undo(Exception):
+    """Ends a trial: what was built is erased again."""
 
 
 class LinearAttention(Pass):
@@ -95,16 +105,54 @@ class LinearAttention(Pass):
         rewrite.reason = site.why_not(reader)
         if rewrite.reason:
             return False
-        before, after = site.milliseconds()
-        rewrite.baseline_ms, rewrite.sparse_ms, rewrite.speedup = before, after, before / after
-        sizes = f"{rewrite.shape[1]} queries and {rewrite.shape[2]} keys"
-        rewrite.reason = f"the roofline model expects {before / after:.2f}x at {sizes}"
-        if self.context.options.selection == "always":
-            rewrite.reason = 'selection="always" measures nothing'
-        elif before / after < self.context.options.min_speedup:
-            rewrite.reason = f"not faster: {rewrite.reason}"
-            return False
-        return True
+        decision = self._decide(site, reader)
+        rewrite.speedup, rewrite.baseline_ms = decision.speedup, decision.baseline_ms
+        rewrite.sparse_ms = decision.sparse_ms
+        rewrite.reason = f"{decision.reason} at {rewrite.shape[1]} queries, {rewrite.shape[2]} keys"
+        return decision.format is not None
+
+    def _decide(self, site: Site, reader: Reader) -> Decision:
+        """Timed operator by operator; by the roofline where the model's own form needs too much."""
+        estimate, options = site.milliseconds(), self.context.options
+        model = ModelSelector(options.min_speedup)
+        if largest_bytes(site.dying) > _MOST_BYTES and options.selection == "measure":
+            return model.race("", estimate, None)
+        if options.selection == "measure" and model.race("", estimate, None).format is None:
+            return model.race("", estimate, None)
+        training = self.context.training
+        sizes = [tuple(hint(n) for n in root.node.meta["val"].shape) for root in site.roots]
+        key = [self.name, site.spelling, site.shape, sizes, site.dtype, training, CHUNK]
+        key.append(torch.get_num_threads())
+
+        def runs() -> tuple[Run, Run]:
+            roots = [root.node for root in site.roots]
+            before = trial(site.dying, roots, training=training)
+            parts = [self._unmade(site, root, reader) for root in site.roots if root.node.users]
+
+            def after() -> None:
+                for part in parts:
+                    part()
+
+            return before, after
+
+        return self.context.selector.race(str(key), estimate, runs)
+
+    def _unmade(self, site: Site, root: Root, reader: Reader) -> Run:
+        """What would be emitted for a root, of which the graph keeps nothing."""
+        found: list[Run] = []
+
+        def take(region: Region, created: Sequence[fx.Node], results: Sequence[fx.Node]) -> None:
+            found.append(trial(created, results, training=self.context.training))
+            raise _Undo
+
+        gm = root.node.graph.owning_module
+        assert isinstance(gm, fx.GraphModule)
+        try:
+            build = functools.partial(_build, Emitter(site.dtype, {}), root)
+            replace_region(gm, _removable(root), build, rule="trial", fresh=True, verify=take)
+        except _Undo:
+            pass
+        return found[0]
 
     def _rewrite(
         self,
