@@ -107,3 +107,24 @@ def _t5() -> Expected:
 
 
 T5 = _t5()
+
+# Longformer's and BigBird's own code has no product that could be skipped: scores are cut into
+# overlapping chunks or blocks by hand, and copied. Longformer's graphs serve padding masks as well.
+LONGFORMER: Expected = {
+    "none": (None, None), "ones": (), "train": (None, None), "train right": (),
+}  # fmt: skip
+BIGBIRD: Expected = {"none": (None,) * 5, "ones": (None,) * 5}
+
+_LOCAL_AND_GLOBAL = "(local window 16 to either side & padding | global tokens) & padded queries"
+_BLOCKS = "(local window 1 to either side in blocks of 16 | global blocks of 16)"
+_RANDOM = "global, window and random blocks of 16"
+# And what `prepare` makes of them. 11 of BigBird's blocks of 16 leave no tile of 64 empty.
+PREPARED: Mapping[str, Expected] = {
+    "longformer_global": always(*(_LOCAL_AND_GLOBAL, "padded queries & padding") * 2),
+    "bigbird": {
+        "none": (None, None),
+        "ones": (f"{_BLOCKS} & padded queries & padding, some pairs count 2 times",) * 2,
+        "train": (None, None),
+        "train right": (_RANDOM, _RANDOM),
+    },
+}

@@ -23,7 +23,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from tests.models.attention_expected import (
+    BIGBIRD,
     CAUSAL,
+    LONGFORMER,
     T5,
     Expected,
     always,
@@ -444,7 +446,7 @@ MODELS: dict[str, Subject] = {
         # The shifted windows' mask is -100, of which exp is not 0.
         expected=always(None, None),
     ),
-    "longformer": Subject(_longformer, implementations=("eager",)),
+    "longformer": Subject(_longformer, implementations=("eager",), expected=LONGFORMER),
     "longformer_global": Subject(_longformer, _longformer_inputs, implementations=("eager",)),
     "bigbird": Subject(
         _hugging_face(
@@ -455,6 +457,7 @@ MODELS: dict[str, Subject] = {
         _sequence("input_ids", 176),
         implementations=("eager",),
         length=176,
+        expected=BIGBIRD,
     ),
     "nanogpt": Subject(
         lambda _: TrilGPT(VOCABULARY, 256, 64, 2, HEADS),
@@ -470,6 +473,8 @@ MODELS: dict[str, Subject] = {
         mask="mask",
         boolean_mask=True,
         length=150,
+        # Windows are cut by hand: 32 queries and 64 keys leave nothing to skip but padding.
+        expected=encoder("", ""),
         package="local_attention",
     ),
     "linear_attention": Subject(
@@ -479,6 +484,7 @@ MODELS: dict[str, Subject] = {
         mask="input_mask",
         boolean_mask=True,
         length=192,
+        expected=always(None, None),
         package="linear_attention_transformer",
     ),
     "linear_attention_causal": Subject(
@@ -490,6 +496,12 @@ MODELS: dict[str, Subject] = {
         mask="input_mask",
         boolean_mask=True,
         length=192,
+        # Two heads look at a window, whose first has nothing before it; two are linear already.
+        expected={
+            **always("", "", None, None),
+            "ones": ("padding", "padding", None, None),
+            "train right": ("padding", "padding", None, None),
+        },
         package="linear_attention_transformer",
     ),
 }
