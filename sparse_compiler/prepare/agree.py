@@ -75,6 +75,8 @@ def _run(preparer: Preparer, module: nn.Module, case: Case) -> dict[str, Tensor]
     }
     args = tuple(leaves.get(f"argument {i}", leaf) for i, leaf in enumerate(case.args))
     kwargs = pytree.tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, case.kwargs)
+    # Noise in a router is the same for the original and the replacement.
+    torch.manual_seed(0)
     outputs = preparer.result(functional_call(module, weights, args, kwargs))
     # The same direction for original and replacement, whatever the strides of their outputs are.
     torch.manual_seed(1)

@@ -89,7 +89,7 @@ _ALL = [
     _loop("any_loop", "4.10", loop.AnyLoop),
     _loop("capacity_loop", "4.10", loop.CapacityLoop, rewritten=False, reason="differs"),
     _loop("flat_loop", "4.13", loop.FlatLoop),
-    _loop("parallel_experts", "4.14", loop.ParallelExperts),
+    _loop("parallel_experts", "4.14", loop.ParallelExperts, rewritten=False, reason="sorted"),
     _loop("mixer_loop", "4.15", loop.MixerLoop),
     _loop("switch", "4.16", loop.Switch, k=1),
     _loop("switch_before", "4.16", loop.SwitchBefore, k=1),
