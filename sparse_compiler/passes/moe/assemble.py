@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import operator
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import fx
@@ -23,6 +23,7 @@ from sparse_compiler.score.expr import Expr
 from sparse_compiler.static import aliased_inputs, is_mutated, with_aliases, writes_to
 
 aten = torch.ops.aten
+Made = TypeVar("Made")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,8 +103,7 @@ def assemble(mixture: Mixture, backgrounds: Backgrounds) -> Site:
     for node in mixture.rest:
         if is_mutated(node) and (node not in region or aliased_inputs(node) or writes_to(node)):
             raise Refused(f"the experts' results are added to {node.name} in place")
-    ids = _remembered(lambda builder: _ids(builder, factor, found, tokens))
-    (hidden,), (outputs,) = first.hidden.leaves(), first.outputs.leaves()
+    ids = remembered(lambda builder: _ids(builder, factor, found, tokens))
     features = list(leaves((first.features,))[0])
     wide = math.prod(axis.size for axis in features)
 
@@ -115,33 +115,44 @@ def assemble(mixture: Mixture, backgrounds: Backgrounds) -> Site:
 
     return Site(
         node=mixture.node,
-        region=movable(region),
+        region=movable(region, backgrounds.mutated),
         spelling=mixture.spelling,
         form=mixture.form,
         x=x,
         ids=ids,
         gates=gates,
-        inner=_weights(mixture, number, wide),
-        inner_bias=_biases(mixture, number),
-        outer=_outer(mixture, number),
-        outer_bias=_bias_of(
-            [item.outer_bias for item in mixture.experts],
-            [item.outputs for item in mixture.experts],
-            mixture,
-            number,
-        ),
-        body=first.body,
         experts=number,
         choices=found.choices,
         tokens=math.prod(axis.size for axis in tokens),
         features=wide,
-        hidden=hidden.size,
-        out_features=outputs.size,
         dtype=first.x.meta["val"].dtype,
-        restore=lambda builder, y: _restore(builder, y, mixture, tokens),
+        restore=lambda builder, y: restored(builder, y, mixture, tokens),
         gates_on_input=mixture.on_input,
-        slots=mixture.slots,
+        **operands(mixture, number, wide),
     )
+
+
+def operands(mixture: Mixture, number: int, wide: int) -> dict[str, Any]:
+    """What of a site is the experts': weights, biases and the body, by name."""
+    first = mixture.experts[0]
+    (hidden,), (outputs,) = first.hidden.leaves(), first.outputs.leaves()
+    biases = [item.outer_bias for item in mixture.experts]
+    return {
+        "inner": _weights(mixture, number, wide),
+        "inner_bias": _biases(mixture, number),
+        "outer": _outer(mixture, number),
+        "outer_bias": _bias_of(biases, [i.outputs for i in mixture.experts], mixture, number),
+        "body": first.body,
+        "hidden": hidden.size,
+        "out_features": outputs.size,
+    }
+
+
+def weight_nodes(experts: Experts) -> set[fx.Node]:
+    """The tensors that hold the experts' weights and biases."""
+    biases = [bias for group in experts.inner_bias for bias in group]
+    weights = (*experts.inner, experts.outer, *biases, *experts.outer_bias)
+    return {weight.node for weight in weights}
 
 
 def _routing(mixture: Mixture, backgrounds: Backgrounds) -> tuple[Factor, Routed]:
@@ -199,16 +210,14 @@ def _kept(mixture: Mixture, found: Routed) -> set[fx.Node]:
     """The nodes that the operands are made of."""
     kept = found.nodes()
     for node in mixture.rest:
-        kept |= {node} if not is_mutated(node) else set(node.all_input_nodes)
+        kept |= set(node.all_input_nodes) if is_mutated(node) else {node}
     for factor in mixture.factors:
         kept |= factor.nodes()
         for node in (factor.node,):
             sizes = (size_at(node, dim) for dim in range(node.meta["val"].dim()))
             kept |= {size.node for size in sizes if isinstance(size, Size)}
     for item in mixture.experts:
-        kept.add(item.x)
-        biases = [bias for group in item.inner_bias for bias in group]
-        kept |= {weight.node for weight in (*item.inner, item.outer, *biases, *item.outer_bias)}
+        kept |= {item.x, *weight_nodes(item)}
     return kept
 
 
@@ -236,7 +245,7 @@ def dying(node: fx.Node, kept: Iterable[fx.Node]) -> frozenset[fx.Node]:
     return frozenset(region)
 
 
-def movable(region: frozenset[fx.Node]) -> frozenset[fx.Node]:
+def movable(region: frozenset[fx.Node], mutated: set[fx.Node]) -> frozenset[fx.Node]:
     """The part of a dying region that can be replaced in one step; the rest is dead then.
 
     Views of what lives on, and is written to in place, stay; so does what comes before the last
@@ -244,7 +253,7 @@ def movable(region: frozenset[fx.Node]) -> frozenset[fx.Node]:
     """
     kept: set[fx.Node] = set()
     for node in sorted(region):
-        if any(source not in kept for source in aliased_inputs(node)) and is_mutated(node):
+        if node in mutated and any(source not in kept for source in aliased_inputs(node)):
             continue
         kept.add(node)
     inputs = {source for node in kept for source in node.all_input_nodes} - kept
@@ -260,11 +269,11 @@ def movable(region: frozenset[fx.Node]) -> frozenset[fx.Node]:
     return frozenset(node for node in kept if last is None or node > last)
 
 
-def _remembered(make: Make) -> Make:
+def remembered(make: Callable[[Builder], Made]) -> Callable[[Builder], Made]:
     """Made once for each builder."""
-    known: list[tuple[Builder, fx.Node]] = []
+    known: list[tuple[Builder, Made]] = []
 
-    def build(builder: Builder) -> fx.Node:
+    def build(builder: Builder) -> Made:
         if not known or known[-1][0] is not builder:
             known.append((builder, make(builder)))
         return known[-1][1]
@@ -402,7 +411,7 @@ def _bias_of(
     return build
 
 
-def _restore(builder: Builder, y: fx.Node, mixture: Mixture, tokens: list[Axis]) -> fx.Node:
+def restored(builder: Builder, y: fx.Node, mixture: Mixture, tokens: list[Axis]) -> fx.Node:
     """[T, O] as the sum's shape, with what else is added."""
     (outputs,) = mixture.experts[0].outputs.leaves()
     value = mixture.node.meta["val"]

@@ -21,7 +21,7 @@ from sparse_compiler.passes.moe.axes import VIEWS, is_cast, order, same_size
 from sparse_compiler.passes.moe.site import Refused
 from sparse_compiler.passes.moe.spots import Size, Spots, size_at
 from sparse_compiler.passes.moe.writes import Writes
-from sparse_compiler.static import arguments
+from sparse_compiler.static import arguments, mutated_nodes
 
 aten = torch.ops.aten
 _MOST_DEPTH = 200
@@ -49,6 +49,7 @@ class Backgrounds:
 
     Attributes:
         writes: the graph's writes in place.
+        mutated: the nodes that are written to.
 
     Args:
         graph: the graph.
@@ -60,6 +61,7 @@ class Backgrounds:
     def __init__(self, graph: fx.Graph, index: int | None = None) -> None:
         self._index = index
         self.writes = Writes(graph)
+        self.mutated = mutated_nodes(graph)
         self._known: dict[tuple[fx.Node, int], Background | None] = {}
         self._depth = 0
 

@@ -159,13 +159,16 @@ class Reader:
     def __init__(self, static: StaticValues, writes: Writes) -> None:
         self.static, self.writes = static, writes
 
-    def experts(self, node: fx.Node, reader: fx.Node, *, weighted: bool = False) -> Experts | None:
+    def experts(
+        self, node: fx.Node, reader: fx.Node, *, weighted: bool = False, slots: bool = False
+    ) -> Experts | None:
         """The experts whose result a node is.
 
         Args:
             node: the result.
             reader: the operator that reads it.
             weighted: whether the tokens are multiplied by weights first.
+            slots: whether each expert has tokens of its own, so that they have its axis.
 
         Returns:
             None if it is no result of a linear layer behind another one.
@@ -173,12 +176,13 @@ class Reader:
         Raises:
             Refused: it is, and the sentence says why it is no expert.
         """
-        return _Reading(self.static, self.writes, weighted).experts(node, reader)
+        return _Reading(self.static, self.writes, weighted, slots).experts(node, reader)
 
 
 class _Reading:
-    def __init__(self, static: StaticValues, writes: Writes, weighted: bool) -> None:
+    def __init__(self, static: StaticValues, writes: Writes, weighted: bool, slots: bool) -> None:
         self._static, self._writes, self._weighted = static, writes, weighted
+        self._slots = slots
         self._nodes: set[fx.Node] = set()
         self._tokens: dict[fx.Node, tuple[Layout, tuple[fx.Node, Layout, fx.Node] | None]] = {}
         self._parts: list[tuple[Any, _Linear]] = []
@@ -264,14 +268,14 @@ class _Reading:
         inside, shared, free = (list(leaves((tuple(item),))[0]) for item in (inside, shared, free))
         features = leaves((parts[0].features,))[0]
         own = [axis for dim in leaves(x_layout) for axis in dim if not axis.repeated]
-        tokens = tuple(axis for axis in own if axis not in features)
+        tokens = tuple(axis for axis in own if axis not in (*features, *shared))
         if len(inside) != 1 or len(free) != 1 or len(shared) > 1 or not features:
             return None
         expert = shared[0] if shared else None
         inner = [item.weight for item in parts]
         found = [axis for dim in leaves(layout) for axis in dim]
         wanted = {*tokens, free[0], *shared}
-        if set(found) != wanted or len(found) != len(wanted) or expert in own:
+        if set(found) != wanted or len(found) != len(wanted) or (expert in own) != self._slots:
             return None
         for item in inner:
             if set(item.axes()) != {*shared, inside[0], *features}:
