@@ -29,6 +29,11 @@ from sparse_compiler.static import arguments, writes_to
 
 aten = torch.ops.aten
 
+# They read a tensor's shape and type, not its values.
+_SHAPE_ONLY = (
+    "empty_like", "zeros_like", "ones_like", "full_like", "new_empty", "new_zeros", "sym_size",
+)  # fmt: skip
+
 TOKENS, CHOICES, ROWS = "tokens", "choices", "rows"
 
 
@@ -181,7 +186,8 @@ class Follower:
         return result
 
     def _user(self) -> fx.Node:
-        users = sorted({user for name in self._names for user in name.users} - self._names)
+        found = {user for name in self._names for user in name.users} - self._names
+        users = sorted(user for user in found if schema_name(user) not in _SHAPE_ONLY)
         values = [user for user in users if isinstance(user.meta.get("val"), (torch.Tensor, list))]
         values = values or users
         if not values or values[0].op == "output":
@@ -377,7 +383,7 @@ def gates_of(
     if layout.place(ROWS) is None:
         kept = [() if any(a.name == FEATURES for a in dim) else dim for dim in dims]
         return _table(dispatch, node, kept), node
-    picked = routing.picked(_column(routing, node))
+    picked = routing.picked(column_root(routing, node))
     if picked is None or dispatch.perm is None or not routing.same(picked[1], dispatch.perm):
         raise Refused("the weights of the sorted rows are not provably those of their pairs")
     source, dtype = picked[0], node.meta["val"].dtype
@@ -386,7 +392,7 @@ def gates_of(
     return lambda builder: dispatch.table(builder, cast(builder, source, dtype)), source
 
 
-def _column(routing: Routing, node: fx.Node) -> fx.Node:
+def column_root(routing: Routing, node: fx.Node) -> fx.Node:
     """The first tensor with these elements in this order, before casts."""
     node = routing.flat(node)
     while schema_name(node) in SAME:

@@ -303,12 +303,13 @@ class _Reading:
         found = [columns.bias for columns in self._parts.found if columns.bias is not None]
         sources = [source, ids, outer.weight, *(linear.weight for linear in firsts), *found]
         sources += [*combined.sources, *(n for n in (bias, combined.base) if n is not None)]
+        products = [outer.product.node, *self.products()]
         rows, columns = sizes_of(outer.weight)[1:]
         hidden, out_features = (rows, columns) if outer.turned else (columns, rows)
         features = sizes_of(firsts[0].weight)[1 if firsts[0].turned else 2]
         return Site(
             node=combined.node,
-            region=region_of(combined.node, sources, routing.writes),
+            region=region_of(combined.node, sources, routing.writes, products),
             spelling=outer.spelling,
             form="gathered",
             x=lambda builder: cast(builder, x(builder), dtype),

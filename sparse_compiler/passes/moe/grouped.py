@@ -25,6 +25,7 @@ from sparse_compiler.passes.moe.follower import (
     Dispatch,
     Follower,
     cast,
+    column_root,
     gates_of,
     gates_or_ones,
 )
@@ -55,24 +56,20 @@ def find(gm: fx.GraphModule, static: StaticValues) -> Iterator[Site | Refusal]:
     for node in products:
         try:
             firsts[node] = _first(routing, node)
+            continue
         except Refused as error:
             reasons[node] = str(error)
-        else:
-            continue
         near = _products_near(node)
+        if not near:
+            continue
+        told |= {node, *near}
         try:
-            if not near:
-                raise Refused(reasons[node])
-            site = _Reading(gm, static, routing, firsts, reasons, node).site()
+            yield _Reading(static, routing, firsts, reasons, node).site()
         except Refused as error:
-            if node not in told:
-                yield Refusal(node, SPELLING, str(error))
-        else:
-            yield site
-        told.update(near)
-    for node in firsts:
+            yield Refusal(node, SPELLING, str(error))
+    for node in products:
         if node not in told:
-            reason = "its rows reach no second grouped product"
+            reason = reasons.get(node, "its rows reach no second grouped product")
             yield Refusal(node, SPELLING, reason)
 
 
@@ -228,7 +225,6 @@ class _Reading:
 
     def __init__(
         self,
-        gm: fx.GraphModule,
         static: StaticValues,
         routing: Routing,
         firsts: dict[fx.Node, _First],
@@ -282,10 +278,11 @@ class _Reading:
         if any(biased) and not all(biased):
             raise Refused("one of the parts has a bias and the other has none")
         second, turned = self._stored(weight)
+        products = [outer, *(columns.product for columns in parts.found)]
         outer_bias = combined.bias
         return Site(
             node=combined.node,
-            region=region_of(combined.node, self._sources, routing.writes),
+            region=region_of(combined.node, self._sources, routing.writes, products),
             spelling=SPELLING,
             form="grouped",
             x=lambda builder: cast(builder, first.x, dtype),
@@ -357,7 +354,8 @@ class _Reading:
         while schema_name(node) in SAME:
             reader, node = node, _operand(self._routing, node, "self")
         column = _column_of(self._routing, node) if schema_name(node) == "mul" else None
-        if column is None:
+        # Hidden features of size 1 are columns, too: weights are picked.
+        if column is None or self._routing.picked(column_root(self._routing, column[1])) is None:
             return node, reader, None
         return column[0], node, column[1]
 

@@ -141,7 +141,8 @@ class Parts:
         name = schema_name(node)
         if name == "masked_fill":
             mask, filled = (self._routing.operand(node, key) for key in ("mask", "self"))
-            return self.columns(filled) if self._masks(mask) else None
+            before = self.columns(filled)  # first: it tells whose rows they are
+            return before if self._masks(mask) else None
         return self._biased(node) if name in ("add", "__iadd__") else None
 
     def _biased(self, node: fx.Node) -> Columns | None:

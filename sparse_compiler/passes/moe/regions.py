@@ -11,7 +11,9 @@ from sparse_compiler.passes.moe.writes import Writes, owner
 from sparse_compiler.static import writes_to
 
 
-def region_of(node: fx.Node, sources: Iterable[fx.Node], writes: Writes) -> frozenset[fx.Node]:
+def region_of(
+    node: fx.Node, sources: Iterable[fx.Node], writes: Writes, products: Iterable[fx.Node] = ()
+) -> frozenset[fx.Node]:
     """The nodes that only ``node`` needs, with ``node``, back to ``sources``.
 
     An operator in place writes to what an earlier node made, and either name may be used behind
@@ -21,9 +23,10 @@ def region_of(node: fx.Node, sources: Iterable[fx.Node], writes: Writes) -> froz
         node: the result.
         sources: what the rewrite reads: never in the region.
         writes: of the graph.
+        products: the work that is to be saved: nodes that have to be in the region.
 
     Raises:
-        Refused: a source changes before ``node`` is computed.
+        Refused: a source changes before ``node`` is computed, or a product is needed elsewhere.
     """
     sources = set(sources)
     for source in sources:
@@ -37,12 +40,16 @@ def region_of(node: fx.Node, sources: Iterable[fx.Node], writes: Writes) -> froz
         # What writes to a tensor that lives on has to stay.
         outside |= {item for item in kept if not kept.issuperset(writes_to(item))}
         if not outside:
-            return frozenset(kept | {node})
+            break
         kept -= outside
+    for product in products:
+        if product not in kept:
+            raise Refused(f"{product.name}, a step of it, is used for something else as well")
+    return frozenset(kept | {node})
 
 
 def _reachable(node: fx.Node, sources: set[fx.Node]) -> set[fx.Node]:
-    """Operators before ``node`` that lead to it, and those that write to them in place."""
+    """Operators before ``node`` that lead to it, write to them in place, or lead nowhere."""
     found: set[fx.Node] = set()
     waiting = [node]
     while waiting:
@@ -52,4 +59,5 @@ def _reachable(node: fx.Node, sources: set[fx.Node]) -> set[fx.Node]:
         found.add(item)
         waiting.extend(item.all_input_nodes)
         waiting.extend(user for user in item.users if item in writes_to(user) and user < node)
+        waiting.extend(user for user in item.users if not user.users and not user.is_impure())
     return found

@@ -76,6 +76,15 @@ class Routing:
                 return node
             node = source
 
+    def whole(self, node: fx.Node) -> fx.Node:
+        """``flat`` of whole numbers, through casts to and from floats as well."""
+        while True:
+            node = self.flat(node)
+            source = self.operand(node, "self") if schema_name(node) in SAME else None
+            if not isinstance(source, fx.Node) or node.meta["val"].dtype not in _WIDE:
+                return node
+            node = source
+
     def sorts(self, perm: fx.Node) -> fx.Node | None:
         """The vector of integers that ``perm`` sorts, smallest first; or None."""
         perm = self.flat(perm)
@@ -175,13 +184,13 @@ class Routing:
 
         It is if it adds up how many of the ids that ``perm`` sorts are 0, 1, ... E - 1.
         """
-        node = self.uncast(node)
+        node = self.whole(node)
         if schema_name(node) != "cumsum":
             return "its offsets are no running sum of counts"
         counts = self.operand(node, "self")
         if not isinstance(counts, fx.Node) or counts.meta["val"].dim() != 1:
             return "its offsets are no running sum of counts"
-        counts = self.uncast(counts)
+        counts = self.whole(counts)
         counted = self._counted(counts, experts)
         if counted is None:
             return "its offsets are not counts of the experts' ids"
