@@ -30,7 +30,7 @@ def find(gm: fx.GraphModule, static: StaticValues) -> Iterator[Site | Refusal]:
     """Mixtures that run stacked experts on all tokens, in graph order."""
     backgrounds = Backgrounds(gm.graph)
     reader = Reader(static, backgrounds.writes)
-    refusals: list[Refusal] = []
+    refusals: dict[fx.Node, Refusal] = {}
     found = [*sums(gm, _stacked(reader, refusals), backgrounds.writes, "every expert (stacked)")]
     for node in list(gm.graph.nodes):
         if node.target is aten.sum.dim_IntList:
@@ -45,16 +45,18 @@ def find(gm: fx.GraphModule, static: StaticValues) -> Iterator[Site | Refusal]:
             yield assemble(dataclasses.replace(mixture, spelling=spelling), backgrounds)
         except Refused as refused:
             yield Refusal(mixture.node, spelling, str(refused))
-    yield from refusals
+    yield from refusals.values()
 
 
-def _stacked(reader: Reader, refusals: list[Refusal]) -> Read:
+def _stacked(reader: Reader, refusals: dict[fx.Node, Refusal]) -> Read:
     """Reads the results of stacked experts; notes what are experts that cannot be read."""
 
     def read(node: fx.Node, at: fx.Node) -> Results | None:
         try:
             found = reader.experts(node, at)
-        except Refused:
+        except Refused as refused:
+            if reader.is_stacked(node, at):
+                refusals[node] = Refusal(node, "every expert (stacked)", str(refused))
             return None
         if found is None or found.expert is None:
             return None

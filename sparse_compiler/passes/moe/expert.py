@@ -24,6 +24,7 @@ from sparse_compiler.passes.moe.axes import (
     fresh,
     is_cast,
     leaves,
+    same_size,
     source_of,
     through,
     unify,
@@ -178,6 +179,19 @@ class Reader:
         """
         return _Reading(self.static, self.writes, weighted, slots).experts(node, reader)
 
+    def is_stacked(self, node: fx.Node, reader: fx.Node) -> bool:
+        """Whether a node is the result of linear layers with a dimension of their own for each."""
+        try:
+            found, _ = _Reading(self.static, self.writes, False, False).stages(node, reader)
+        except Refused:
+            return False
+        product = read_linear(found, self.static)
+        if product is None:
+            return False
+        shared = {*product.left_letters} & {*product.right_letters} & {*product.out_letters}
+        sizes = dict(zip(product.out_letters, found.meta["val"].shape, strict=True))
+        return any(not same_size(sizes[letter], 1) for letter in shared)
+
 
 class _Reading:
     def __init__(self, static: StaticValues, writes: Writes, weighted: bool, slots: bool) -> None:
@@ -189,7 +203,7 @@ class _Reading:
         self._linears: dict[fx.Node, tuple[Any, _Linear] | None] = {}
 
     def experts(self, node: fx.Node, reader: fx.Node) -> Experts | None:
-        second, stages = self._stages(node, reader)
+        second, stages = self.stages(node, reader)
         product = read_linear(second, self._static)
         if product is None:
             return None
@@ -307,7 +321,7 @@ class _Reading:
                 if len(mine) != len(other) or not unify(mine, other):
                     raise Refused("the first linear layers of an expert differ in shape")
 
-    def _stages(self, node: fx.Node, reader: fx.Node) -> tuple[fx.Node, list[tuple[str, fx.Node]]]:
+    def stages(self, node: fx.Node, reader: fx.Node) -> tuple[fx.Node, list[tuple[str, fx.Node]]]:
         """The product behind views, conversions and sums with static tensors, and these."""
         stages: list[tuple[str, fx.Node]] = []
         while True:
