@@ -101,8 +101,10 @@ def compile(
 def _prepare_all(preparer: Preparer, prepared: Prepared, calls: Calls | None) -> None:
     """Find, check, swap for one preparer; fills ``prepared``."""
     checked: dict[Hashable, tuple[str, ...]] = {}
+    # What an earlier preparer has just replaced is done, whatever else it looks like.
+    done = {swapped.path for swapped in prepared.swapped}
     for path, module in prepared.model.named_modules():
-        if not preparer.find(module):
+        if path in done or not preparer.find(module):
             continue
         reason = _unsuited(module) or preparer.refuse(module, calls)
         names: tuple[str, ...] = ()
