@@ -321,6 +321,18 @@ def test_norms_inside_of_experts_are_refused() -> None:
     assert "layer_norm" in reason
 
 
+def test_experts_of_three_layers_are_refused() -> None:
+    def forward(m: Base, x: torch.Tensor) -> torch.Tensor:
+        h = torch.einsum("td,ehd->teh", x, m.up).relu()
+        h = torch.einsum("teh,egh->teg", h, m.up @ m.up.mT).relu()
+        y = torch.einsum("teh,eoh->teo", h, m.down)
+        return torch.einsum("teo,te->to", y, m.gates(x))
+
+    assert refusals(dense.find, Spelled(forward), torch.randn(T, D)) == [
+        "an expert has more than two linear layers one behind the other"
+    ]
+
+
 def test_what_is_no_mixture_is_not_mentioned() -> None:
     class Plain(Base):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -45,6 +45,10 @@ _SPLITS = {aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default,
 _SPLITS |= {aten.split.sizes}
 
 
+DEEP = "an expert has more than two linear layers one behind the other"
+_MOST_STEPS = 12
+
+
 @dataclasses.dataclass(frozen=True)
 class Narrowing:
     """A part of an axis: the elements from ``start`` by ``step`` are the axis ``to``, or one is."""
@@ -289,6 +293,8 @@ class _Reading:
         inner = [item.weight for item in parts]
         found = [axis for dim in leaves(layout) for axis in dim]
         wanted = {*tokens, free[0], *shared}
+        if expert in own and not self._slots and linear_behind(x, self._static) is not None:
+            raise Refused(DEEP)
         if set(found) != wanted or len(found) != len(wanted) or (expert in own) != self._slots:
             return None
         for item in inner:
@@ -564,3 +570,15 @@ class _Reading:
 
 
 _COPIES = {aten.repeat.default, aten.expand.default, aten.repeat_interleave.self_int}
+
+
+def linear_behind(node: fx.Node, static: StaticValues) -> fx.Node | None:
+    """The linear layer that a value comes from by a few operators of one input, or None."""
+    for _ in range(_MOST_STEPS):
+        if read_linear(node, static) is not None:
+            return node
+        inputs = [source for source in node.all_input_nodes if not static.is_static(source)]
+        if len(inputs) != 1:
+            return None
+        node = inputs[0]
+    return None

@@ -18,7 +18,7 @@ from torch import fx
 from sparse_compiler.passes.moe.assemble import Factor, Mixture, assemble
 from sparse_compiler.passes.moe.axes import Axis, Layout, aligned, forward, fresh, leaves, unify
 from sparse_compiler.passes.moe.backgrounds import Backgrounds
-from sparse_compiler.passes.moe.expert import Experts, Reader
+from sparse_compiler.passes.moe.expert import DEEP, Experts, Reader, linear_behind
 from sparse_compiler.passes.moe.site import Refusal, Refused, Site
 from sparse_compiler.passes.moe.weighted import (
     Read,
@@ -81,7 +81,7 @@ def _listed(reader: Reader, refusals: dict[fx.Node, Refusal]) -> Read:
             whole = [item for item in experts if item is not None and item.expert is None]
             if len(whole) != len(items):
                 return None
-            merge(whole)
+            merge(whole, reader.static)
         except Refused as refused:
             refusals[base] = Refusal(base, _STACKED, str(refused))
             return None
@@ -104,7 +104,7 @@ def _stacked(node: fx.Node, dim: int, layout: Layout, expert: Axis) -> Layout | 
     return (*layout[:place], (expert,), *layout[place + 1 :])
 
 
-def merge(experts: Sequence[Experts]) -> None:
+def merge(experts: Sequence[Experts], static: StaticValues) -> None:
     """Make the axes of alike experts the same.
 
     Raises:
@@ -113,7 +113,9 @@ def merge(experts: Sequence[Experts]) -> None:
     first = experts[0]
     for item in experts[1:]:
         if item.x is not first.x:
-            raise Refused("its experts do not read the same tokens")
+            layers = [linear_behind(other.x, static) for other in (first, item)]
+            deep = None not in layers and layers[0] is not layers[1]
+            raise Refused(DEEP if deep else "its experts do not read the same tokens")
         pairs = [*zip(first.x_layout, item.x_layout, strict=True)]
         if len(item.layout) != len(first.layout):
             raise Refused("its experts are not alike: they differ in shape")
@@ -205,7 +207,7 @@ def _added(
     if len(group) < 2:
         return None
     group = _in_order(group)
-    merge([term.expert for term in group])
+    merge([term.expert for term in group], reader.static)
     expert = Axis(len(group))
     whole = leaves(group[0].expert.layout)
     factors = [
