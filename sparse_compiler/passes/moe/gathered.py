@@ -50,6 +50,8 @@ aten = torch.ops.aten
 
 _PAIRS = ("pairs", "first pairs", "second pairs")
 _ROWS, _COLUMNS = "weight rows", "weight columns"
+# Between two products of one mixture there are a few pointwise operators.
+_NEAR = 64
 _PICKS = ("index", "index_select", "embedding", "gather")
 
 
@@ -107,9 +109,31 @@ def find(gm: fx.GraphModule, static: StaticValues) -> Iterator[Site | Refusal]:
             yield reading.site()
         except Refused as error:
             yield Refusal(node, linear.spelling, str(error))
-    for node, reason in alone.items():
-        if node not in used:
-            yield Refusal(node, linears[node].spelling, reason)
+    # The last first: what leads to one that is refused is refused with it.
+    for node in reversed([node for node in alone if node not in used]):
+        if node in used:
+            continue
+        near = _near(linears, node)
+        used |= near
+        reason = alone[node] if near else "its results reach no second linear layer"
+        yield Refusal(node, linears[node].spelling, reason)
+
+
+def _near(linears: dict[fx.Node, _Linear], node: fx.Node) -> set[fx.Node]:
+    """Products that lead to the rows of another one, without a third in between."""
+    found: set[fx.Node] = set()
+    seen: set[fx.Node] = set()
+    waiting = [linears[node].rows]
+    while waiting and len(seen) < _NEAR:
+        item = waiting.pop(0)
+        if item in seen:
+            continue
+        seen.add(item)
+        if item in linears:
+            found.add(item)
+        else:
+            waiting.extend(item.all_input_nodes)
+    return found
 
 
 def _is_pick(node: fx.Node) -> bool:
@@ -227,13 +251,12 @@ class _Reading:
     def _check_rows(self, layout: Layout | None) -> None:
         """The hidden features of each pair meet the weights of the same pair."""
         outer = self._outer
-        names = [
-            (FEATURES,)
-            if letter == outer.product.summed
-            else tuple(axis.name for axis in outer.dims.get(letter, ()))
+        hidden = (Axis(FEATURES, outer.product.size(outer.product.summed)),)
+        wanted = [
+            hidden if letter == outer.product.summed else outer.dims.get(letter, ())
             for letter in outer.letters
         ]
-        if layout is None or list(layout.pattern()) != names:
+        if layout is None or layout.names() != Layout(tuple(wanted)).names():
             raise Refused("the second linear layers see other pairs than the first")
 
     def _start(self, node: fx.Node) -> Layout | None:
@@ -376,18 +399,14 @@ class _Reading:
                 break
             node = source
         source = self._routing.operand(node, "self") if schema_name(node) == "expand" else None
-        if not isinstance(source, fx.Node):
-            small = [axis for axis in pairs if axis.size == 1]
-            return small[-1:], linear.rows
-        before, after = sizes_of(source), sizes_of(node)
-        if len(before) != len(after):
-            return [], node
-        wider = [place for place, size in enumerate(before) if size != after[place]]
-        if len(wider) != 1 or wider[0] > 1 or len(before) != 3:
-            return [], node
-        if after[:2] != [axis.size for axis in pairs]:
-            return [], node
-        return [pairs[wider[0]]], source
+        if isinstance(source, fx.Node):
+            before, after = sizes_of(source), sizes_of(node)
+            if len(before) == len(after) and after[:2] == [axis.size for axis in pairs]:
+                wider = [place for place, size in enumerate(before) if size != after[place]]
+                if wider in ([0], [1]):
+                    return [pairs[wider[0]]], source
+        # A dimension of size 1 is no choice.
+        return [axis for axis in pairs if axis.size == 1][-1:], linear.rows
 
     def _flat_tokens(self, linear: _Linear, pairs: Axis) -> tuple[Make, fx.Node, Dispatch]:
         node = linear.rows

@@ -58,9 +58,9 @@ class Layout:
         alone = len(found) == 1 and any(dim == (found[0],) for dim in self.dims)
         return found[0] if alone else None
 
-    def pattern(self) -> tuple[tuple[str, ...], ...]:
-        """What each dimension stands for."""
-        return tuple(tuple(axis.name for axis in dim) for dim in self.dims)
+    def names(self) -> list[list[str]]:
+        """What each dimension stands for; one of size 1 stands for nothing."""
+        return [[axis.name for axis in dim if axis.size != 1] for dim in self.dims]
 
     def place(self, name: str) -> int | None:
         """The dimension that is exactly this axis."""

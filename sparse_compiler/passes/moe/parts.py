@@ -94,7 +94,7 @@ class Parts:
             first = self.found[0].layout
             one, other = first.features(), columns.layout.features()
             assert one is not None and other is not None
-            if first.pattern() != columns.layout.pattern() or one.size != other.size:
+            if first.names() != columns.layout.names() or one.size != other.size:
                 raise Refused("the parts of an expert's hidden features are of different shapes")
         if columns not in self.found:
             self.found.append(columns)
