@@ -143,19 +143,15 @@ def routed(
     inner, inner_bias, outer, outer_bias = experts.operands(module)
     if gates is None:
         gates = torch.ones_like(ids, dtype=x.dtype)
-    return torch.ops.sparse_compiler.moe(
-        x,
-        ids,
-        gates,
-        inner,
-        inner_bias,
-        outer,
-        outer_bias,
-        experts.body,
-        experts.experts,
-        experts.passthrough,
-        gates_on_input,
-    )
+    call = (
+        x, ids, gates, inner, inner_bias, outer, outer_bias,
+        experts.body, experts.experts, experts.passthrough, gates_on_input,
+    )  # fmt: skip
+    wanted = any(tensor.requires_grad for tensor in (x, gates, *inner, *outer))
+    if torch.is_grad_enabled() and wanted:
+        # Keeps what the backward pass would compute again.
+        return torch.ops.sparse_compiler.moe_training(*call)[0]
+    return torch.ops.sparse_compiler.moe(*call)
 
 
 def stacked(

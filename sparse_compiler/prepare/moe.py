@@ -122,15 +122,36 @@ class MixtureOfExperts(Preparer):
                 "already: there is nothing to prepare"
             )
         key = self.signature(module)
-        if key not in self._plans:
+        if key not in self._plans or not self._fits(module, self._plans[key]):
             try:
                 with torch.random.fork_rng(), torch.inference_mode(False):
                     torch.manual_seed(0)
                     self._plans[key] = self._plan(module, (calls or {}).get(module))
             except Refused as error:
                 return str(error)
+            except Exception as error:
+                return f"it could not be read: {type(error).__name__}: {error}"
         self._chosen[module] = self._plans[key]
         return None
+
+    def signature(self, module: nn.Module) -> Hashable:
+        """Modules that print alike, too: activations are seen there."""
+        return super().signature(module), str(module)
+
+    def _fits(self, module: nn.Module, plan: Plan) -> bool:
+        """Whether a plan for another module that looks the same is one for this."""
+        self._chosen[module] = plan
+        case = plan.form.case(plan.cases[0], next(module.parameters()).device)
+        return self._wrong(module, [case]) is None
+
+    def _wrong(self, module: nn.Module, cases: list[Case]) -> str | None:
+        """Where the chosen plan differs from the original; None if it does not."""
+        try:
+            return disagreement(self, module, cases)[1]
+        except Refused:
+            raise
+        except Exception as error:
+            return f"it fails with {type(error).__name__}: {error}"
 
     def cases(self, module: nn.Module, calls: Calls | None, thorough: bool) -> Iterable[Case]:
         plan = self._chosen[module]
@@ -225,7 +246,7 @@ class MixtureOfExperts(Preparer):
             # Something random in the loop itself, such as whole tokens dropped.
             self._chosen[module] = Plan(made, form, experts, False, ())
             case = form.case("training", next(module.parameters()).device)
-            only_eval = disagreement(self, module, [case])[1] is not None
+            only_eval = self._wrong(module, [case]) is not None
         names = tuple(name for name in form.names(not only_eval) if _takes(twin, form, name))
         return Plan(made, form, experts, only_eval, names)
 
@@ -253,7 +274,7 @@ class MixtureOfExperts(Preparer):
             taken = [name for name in form.names(False) if _takes(twin, form, name)]
             cases = [form.case(name, device) for name in (taken if not training else taken[:1])]
             cases = [dataclasses.replace(case, training=training) for case in cases]
-            _, wrong = disagreement(self, module, cases)
+            wrong = self._wrong(module, cases)
             if wrong is None:
                 return {(function, place): edit}
             reason = reason or wrong

@@ -99,7 +99,12 @@ def from_modules(twin: nn.Module, path: str, keys: tuple[str, ...]) -> tuple[Exp
     with torch.no_grad():
         expected = torch.cat([parts[i % len(keys)](x[i : i + 1]) for i in range(rows)])
         actual = routed(twin, experts, x, ids)
-    _same(actual, expected, "an expert does more than two linear layers and what is between them")
+    _same(
+        actual,
+        expected,
+        "an expert does more than two linear layers and what is between them, or not all do the "
+        "same",
+    )
     return experts, features
 
 
