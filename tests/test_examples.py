@@ -48,6 +48,13 @@ def test_attention(load, capsys):
     assert "causal & sliding window 64" in capsys.readouterr().out
 
 
+def test_moe_training(load, capsys):
+    far = load("moe_training").main([])
+    for model in ("Switch, top 1", "Mixtral, top 2"):
+        assert far[f"{model}, alpha 0.1"] < 0.2 < far[f"{model}, alpha 0.0"]
+    assert "shares" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_linear_attention(load, capsys):
     assert load("linear_attention").main([]) > 1
