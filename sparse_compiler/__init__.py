@@ -12,6 +12,7 @@ from sparse_compiler import nn, passes
 from sparse_compiler.canonical import canonicalize
 from sparse_compiler.errors import (
     CanonicalizationError,
+    ExchangeError,
     OptionError,
     PassError,
     RegionError,
@@ -29,6 +30,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CanonicalizationError",
+    "ExchangeError",
     "OptionError",
     "Options",
     "PassError",

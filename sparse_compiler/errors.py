@@ -30,6 +30,10 @@ class PassError(SparseCompilerError):
     """A pass failed inside; raised only with ``on_error="raise"``."""
 
 
+class ExchangeError(SparseCompilerError, RuntimeError):
+    """Ranks that hold different experts could not exchange tokens."""
+
+
 class VerificationError(SparseCompilerError):
     """A rewritten region disagreed with the original one (``verify=True``)."""
 

@@ -75,6 +75,8 @@ class MoE(nn.Module):
         self.activation: Activation = activation
         self.spelling: Spelling = spelling
         self.router = router
+        # What runs instead of the spelling, (layer, tokens, ids, weights): experts on other ranks.
+        self.run_experts: Callable[[MoE, Tensor, Tensor, Tensor], Tensor] | None = None
         self.up = nn.Parameter(torch.empty(experts, hidden, width, **made))
         self.down = nn.Parameter(torch.empty(experts, width, hidden, **made))
         gated = activation in _GATED
@@ -122,8 +124,11 @@ class MoE(nn.Module):
         """
         tokens = x.reshape(-1, self.width)
         routing = self.router(tokens)
-        run = {"dense": self._dense, "gathered": self._gathered, "grouped": self._grouped}
-        y = run[self.spelling](tokens, routing.ids, routing.weights)
+        if self.run_experts is not None:
+            y = self.run_experts(self, tokens, routing.ids, routing.weights)
+        else:
+            run = {"dense": self._dense, "gathered": self._gathered, "grouped": self._grouped}
+            y = run[self.spelling](tokens, routing.ids, routing.weights)
         if self.shared_up is not None and self.shared_down is not None:
             gate = None if self.shared_gate is None else self.shared_gate(tokens)
             y = y + self.shared_down(self._act(self.shared_up(tokens), gate))
