@@ -8,7 +8,7 @@ import sparse_compiler as sc
 from sparse_compiler.canonical import canonicalize_dynamo
 from sparse_compiler.formats.cost import AlwaysSelector, ModelSelector
 from sparse_compiler.options import Options
-from sparse_compiler.passes import Moe, PassContext
+from sparse_compiler.passes import Moe, PassContext, moe
 from sparse_compiler.passes.moe import FINDERS, find_sites
 from sparse_compiler.static import StaticValues
 from tests.passes.moe_rewriting import calls, rewrite
@@ -252,6 +252,22 @@ def test_moe_under_a_switch_of_gradients_is_left_alone():
     torch.testing.assert_close(compiled(x), model(x))
     verdicts = [(item.applied, item.reason) for item in backend.rewrites]
     assert all(not applied for applied, _ in verdicts), verdicts
+
+
+def test_moe_finder_that_fails_leaves_the_rest(monkeypatch):
+    def broken(gm, static):
+        raise KeyError("odd")
+
+    monkeypatch.setattr(moe, "FINDERS", (broken, *FINDERS))
+    gm = sc.canonicalize(Batched(), torch.randn(5, 6))
+    context = PassContext(Options(), selector=AlwaysSelector())
+    with pytest.warns(UserWarning, match="internal error"):
+        Moe(context)(gm)
+    failed, verdict = context.rewrites
+    assert "KeyError" in failed.error and failed.target == "the whole graph"
+    assert verdict.applied and len(calls(gm)) == 1
+    with pytest.raises(KeyError):
+        find_sites(gm, StaticValues(gm, training=False))
 
 
 def test_moe_finders_see_nothing_in_other_models():

@@ -24,7 +24,7 @@ from sparse_compiler.dispatch import MoeProblem
 from sparse_compiler.ops import moe as _operators  # noqa: F401  registers the operators
 from sparse_compiler.passes.attention.example import hint
 from sparse_compiler.passes.base import Pass, Rewrite, module_path
-from sparse_compiler.passes.moe import gathered, grouped
+from sparse_compiler.passes.moe import capacity, dense, gathered, grouped, unrolled
 from sparse_compiler.passes.moe.site import Refusal, Site
 from sparse_compiler.passes.moe.writes import owner
 from sparse_compiler.passes.verify import verifier
@@ -36,7 +36,13 @@ ops = torch.ops.sparse_compiler
 
 Finder = Callable[[fx.GraphModule, StaticValues], Iterator[Site | Refusal]]
 
-FINDERS: tuple[Finder, ...] = (grouped.find, gathered.find)
+FINDERS: tuple[Finder, ...] = (
+    grouped.find,
+    gathered.find,
+    capacity.find,
+    dense.find,
+    unrolled.find,
+)
 
 _DTYPES = (torch.float32, torch.bfloat16)
 
@@ -49,7 +55,7 @@ class Moe(Pass):
     def run(self, gm: fx.GraphModule) -> None:
         static = StaticValues(gm, training=self.context.training)
         chosen: list[tuple[Site, Rewrite]] = []
-        for found in find_sites(gm, static):
+        for found in find_sites(gm, static, self._failed):
             rewrite = Rewrite(self.name, module_path(found.node, found.node.name))
             rewrite.spelling = found.spelling
             self.context.rewrites.append(rewrite)
@@ -68,6 +74,12 @@ class Moe(Pass):
                 rewrite.applied, rewrite.format = True, "routed"
             except Exception as error:
                 self.context.failed(rewrite, error)
+
+    def _failed(self, error: Exception) -> None:
+        """A finder failed inside: what it would have found stays as it is."""
+        rewrite = Rewrite(self.name, "the whole graph")
+        self.context.rewrites.append(rewrite)
+        self.context.failed(rewrite, error)
 
     def _decide(self, site: Site, rewrite: Rewrite, waiting: int) -> bool:
         """Whether to rewrite a site; says why."""
@@ -154,20 +166,35 @@ class Moe(Pass):
         )
 
 
-def find_sites(gm: fx.GraphModule, static: StaticValues) -> list[Site | Refusal]:
-    """Every mixture of experts of the graph, in its order; no two sites share a node."""
+def find_sites(
+    gm: fx.GraphModule, static: StaticValues, failed: Callable[[Exception], None] | None = None
+) -> list[Site | Refusal]:
+    """Every mixture of experts of the graph, in its order; no two sites share a node.
+
+    Args:
+        gm: a canonical graph; it is not changed.
+        static: its static values.
+        failed: called with what a finder raised; without it, it is raised.
+    """
     sites: list[Site] = []
     refusals: dict[fx.Node, Refusal] = {}
     taken: set[fx.Node] = set()
     for finder in FINDERS:
-        for found in finder(gm, static):
-            if isinstance(found, Refusal):
-                refusals.setdefault(found.node, found)
-            elif taken.isdisjoint(found.region):
-                sites.append(found)
-                taken |= found.region
+        try:
+            found = list(finder(gm, static))
+        except Exception as error:
+            if failed is None:
+                raise
+            failed(error)
+            continue
+        for item in found:
+            if isinstance(item, Refusal):
+                refusals.setdefault(item.node, item)
+            elif taken.isdisjoint(item.region):
+                sites.append(item)
+                taken |= item.region
     left = [refusal for node, refusal in refusals.items() if node not in taken]
-    return sorted([*sites, *left], key=lambda found: found.node)
+    return sorted([*sites, *left], key=lambda item: item.node)
 
 
 def _parts(site: Site) -> int:
