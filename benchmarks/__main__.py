@@ -5,16 +5,17 @@ import time
 
 from benchmarks import (
     attention,
-    attention_models,
     end_to_end,
     harness,
     linear,
     linear_attention,
+    moe,
     training,
+    whole_models,
 )
 from benchmarks.cells import DTYPES, PATTERNS, ROWS, SHAPES, ZEROS, grid, quick_cells
 
-_ALL = ("linear", "training", "attention", "linear_attention", "attention_models", "end_to_end")
+_ALL = ("linear", "training", "attention", "linear_attention", "moe", "whole_models", "end_to_end")
 
 
 def main() -> None:
@@ -36,8 +37,10 @@ def main() -> None:
         attention.run(arguments.rounds, arguments.keep, arguments.full)
     if "linear_attention" in names:
         linear_attention.run(arguments.rounds, arguments.keep)
-    if "attention_models" in names:
-        attention_models.run(arguments.rounds, arguments.keep, arguments.full)
+    if "moe" in names:
+        moe.run(arguments.rounds, arguments.keep, not arguments.full)
+    if "whole_models" in names:
+        whole_models.run(arguments.rounds, arguments.keep, arguments.full)
     if "end_to_end" in names:
         repeats = 3 if arguments.full else 1
         end_to_end.run(arguments.rounds, repeats, arguments.keep)

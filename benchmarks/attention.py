@@ -1,7 +1,7 @@
 """Attention under masks, against Inductor and FlexAttention; `python -m benchmarks.attention`.
 
 Five tables: forward (prefill and decoding), what a padding mask of ones costs, training, peak
-memory; whole models are in `benchmarks.attention_models`. Contestants get the same function: the
+memory; whole models are in `benchmarks.whole_models`. Contestants get the same function: the
 mask is built in it, from `arange` and comparisons, as models do. FlexAttention is written by hand;
 its time counts with the building of its block mask and without.
 """

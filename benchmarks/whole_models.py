@@ -1,9 +1,10 @@
-"""Whole models with masked attention, against Inductor; `python -m benchmarks.attention_models`.
+"""Models with masked attention or experts, against Inductor; `python -m benchmarks.whole_models`.
 
-Random weights in honest sizes: what counts is how much of a model attention is, and that nothing
-else gets slower. Each model is left as it is written: Mistral's and ModernBERT's masks come from
-Hugging Face's builders, Gemma 2 has its soft-cap in eager code, the small GPT has the `tril` buffer
-and the -inf of nanoGPT.
+Random weights in honest sizes: what counts is how much of a model attention or its experts are, and
+that nothing else gets slower. Each model is left as it is written: Mistral's and ModernBERT's masks
+come from Hugging Face's builders, Gemma 2 has its soft-cap in eager code, the small GPT has the
+`tril` buffer and the -inf of nanoGPT; experts run in Hugging Face's default, `grouped_mm`. One
+token stands for a step of decoding.
 """
 
 import argparse
@@ -173,6 +174,37 @@ MODELS = {
         {},
         "last_hidden_state",
     ),
+    "mixtral, 8 x 1792 top 2, 4 layers of 512": Model(
+        _hugging_face(
+            "MixtralForCausalLM",
+            "MixtralConfig",
+            "sdpa",
+            **{**_DECODER, "intermediate_size": 1792},
+            num_hidden_layers=4,
+            num_key_value_heads=2,
+            num_local_experts=8,
+        ),
+        (1, 512),
+        128,
+        _NO_CACHE,
+    ),
+    "qwen 3, 64 x 256 top 8, 4 layers of 512": Model(
+        _hugging_face(
+            "Qwen3MoeForCausalLM",
+            "Qwen3MoeConfig",
+            "sdpa",
+            **_DECODER,
+            moe_intermediate_size=256,
+            num_hidden_layers=4,
+            num_key_value_heads=2,
+            num_experts=64,
+            num_experts_per_tok=8,
+            norm_topk_prob=True,
+        ),
+        (1, 512),
+        128,
+        _NO_CACHE,
+    ),
     "small gpt, causal, 6 layers of 768": Model(
         lambda: SmallGPT(768, 6, 12, 4096), (1024, 2048, 4096), 1024
     ),
@@ -256,7 +288,7 @@ def run(
 ) -> None:
     """Measures, prints and records all models."""
     table = harness.Table(
-        f"models with masked attention, fp32, batch 1, median of {rounds} interleaved rounds",
+        f"whole models, fp32, batch 1, median of {rounds} interleaved rounds",
         [
             "model",
             "phase",
@@ -272,14 +304,14 @@ def run(
     notes: dict[str, None] = {}
     for name in MODELS:
         for phase, length in _phases(name, full):
-            tokens = length // scale
+            tokens = max(1, length // scale)
             measured = time_case(name, phase, rounds, tokens, notes)
             table.add(name, phase, tokens, *_figures(measured))
             records.append({"model": name, "phase": phase, "tokens": tokens, **measured.to_dict()})
     print()
     for note in notes:
         print(note)
-    harness.write_results("attention-models", table.machine, records, keep)
+    harness.write_results("whole-models", table.machine, records, keep)
 
 
 def _figures(measured: harness.Measurement) -> list[str]:
