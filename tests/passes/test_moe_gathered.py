@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from tests.passes.moe_rewriting import allow_float64, assert_rewritten, refusal
+from tests.passes.moe_rewriting import allow_float64, assert_rewritten, refusal, rewrite
 
 
 @pytest.fixture(autouse=True)
@@ -254,7 +254,7 @@ def used_twice(self, x, ids, weights):
         (weighted_twice, "the experts' results are weighted twice"),
         (weighted_by_features, "not one weight for each pair"),
         (one_layer, "its results reach no second linear layer"),
-        (used_twice, "used for something else before they are summed"),
+        (used_twice, "used more than once before they are summed"),
     ],
 )
 def test_moe_gathered_is_refused_with_the_reason(step, sentence):
@@ -279,3 +279,16 @@ def test_moe_gathered_any_sizes(data):
         options |= {"turned": pick([False, True]), "bias": pick([False, True])}
     torch.manual_seed(data.draw(st.integers(0, 99)))
     assert_rewritten(family(**options).double(), x(pick([1, 2, 7]), options["dim"]))
+
+
+def test_moe_gathered_blocks_of_keys_are_no_candidate():
+    """Block-sparse attention picks from what it computed: nothing to report."""
+
+    class Blocks(nn.Module):
+        def forward(self, q, k, ids):
+            scores = torch.bmm(q, k.index_select(0, ids).transpose(1, 2)).softmax(-1)
+            return torch.bmm(scores, k[ids])
+
+    q, k = torch.randn(5, 3, 4), torch.randn(6, 3, 4)
+    gm, rewrites = rewrite(Blocks(), q, k, torch.randint(0, 6, (5,)))
+    assert rewrites == [] and "edits" not in gm.meta

@@ -381,7 +381,7 @@ def one_layer(self, x, ids, weights):
         (normed_hidden, "an expert is not pointwise: layer_norm is not pointwise"),
         (not_summed, "not summed over a token's choices"),
         (changed_in_between, "is written to in place before the experts are done"),
-        (used_twice, "used for something else before they are summed"),
+        (used_twice, "used more than once before they are summed"),
         (one_layer, "its rows reach no second grouped product"),
     ],
 )

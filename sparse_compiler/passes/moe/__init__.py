@@ -151,9 +151,6 @@ class Moe(Pass):
             # An operator in place has two names for what it returns.
             return [site.restore(builder, result)] * len(region.outputs)
 
-        strangers = [node for node in region.outputs if owner(node) is not owner(site.node)]
-        if strangers:
-            raise ValueError(f"{strangers[0].name} is used outside of what {site.node.name} needs")
         # Results of another type than the experts' are held to their own type's bound.
         alike = site.node.meta["val"].dtype == site.dtype
         replace_region(
@@ -212,9 +209,13 @@ def _refuse(site: Site, training: bool) -> str | None:
         return f"it is on {device}: this version has kernels for CPUs only"
     if not 1 <= _parts(site) <= 2:
         return f"{_parts(site)} linear layers feed an expert's body: the kernels take one or two"
-    reason = Region.of(site.region).why_not_movable(fresh=True)
+    region = Region.of(site.region)
+    reason = region.why_not_movable(fresh=True)
     if reason is not None:
         return f"it cannot be moved: {reason}"
+    strangers = [node for node in region.outputs if owner(node) is not owner(site.node)]
+    if strangers:
+        return f"{strangers[0].name}, a step of it, is used for something else as well"
     if training and _switches_gradients(site):
         return "gradients are switched on or off in the midst of it"
     return None

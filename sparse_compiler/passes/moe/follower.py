@@ -193,7 +193,10 @@ class Follower:
         if not values or values[0].op == "output":
             raise Refused("the experts' results are not summed over a token's choices")
         if len(users) > 1 and not set(writes_to(values[0])) & self._names:
-            raise Refused("the experts' results are used for something else before they are summed")
+            raise Refused(
+                "the experts' results are used more than once before they are summed, as norms do: "
+                "only weights may be applied to them"
+            )
         return values[0]
 
     def _moved(self, found: Combined, user: fx.Node, layout: Layout, **more: Any) -> Combined:

@@ -95,6 +95,8 @@ def find(gm: fx.GraphModule, static: StaticValues) -> Iterator[Site | Refusal]:
         found = _linear(routing, node)
         if found is not None:
             linears[node] = found
+    # Other tensors are picked from, too: blocks of keys, tables of positions.
+    stored = {node for node, linear in linears.items() if static.is_static(linear.weight)}
     alone: dict[fx.Node, str] = {}
     used: set[fx.Node] = set()
     for node, linear in linears.items():
@@ -108,7 +110,8 @@ def find(gm: fx.GraphModule, static: StaticValues) -> Iterator[Site | Refusal]:
         try:
             yield reading.site()
         except Refused as error:
-            yield Refusal(node, linear.spelling, str(error))
+            if node in stored:
+                yield Refusal(node, linear.spelling, str(error))
     # The last first: what leads to one that is refused is refused with it.
     for node in reversed([node for node in alone if node not in used]):
         if node in used:
@@ -116,7 +119,8 @@ def find(gm: fx.GraphModule, static: StaticValues) -> Iterator[Site | Refusal]:
         near = _near(linears, node)
         used |= near
         reason = alone[node] if near else "its results reach no second linear layer"
-        yield Refusal(node, linears[node].spelling, reason)
+        if node in stored:
+            yield Refusal(node, linears[node].spelling, reason)
 
 
 def _near(linears: dict[fx.Node, _Linear], node: fx.Node) -> set[fx.Node]:
