@@ -14,6 +14,7 @@ from __future__ import annotations
 from sparse_compiler.prepare.bigbird import BigBirdAttention
 from sparse_compiler.prepare.longformer import LongformerAttention, LongformerEncoder
 from sparse_compiler.prepare.moe import MixtureOfExperts
+from sparse_compiler.prepare.moe_parallel import ParallelExperts
 from sparse_compiler.prepare.registry import Calls, Case, Preparer, register
 from sparse_compiler.prepare.report import Prepared, Refused, Swapped
 from sparse_compiler.prepare.run import compile, prepare
@@ -23,6 +24,7 @@ register(LongformerAttention())
 register(LongformerEncoder())
 register(BigBirdAttention())
 register(MixtureOfExperts())
+register(ParallelExperts())
 
 __all__ = [
     "Calls",

@@ -16,6 +16,7 @@ from sparse_compiler.passes.moe.site import Refused
 from sparse_compiler.prepare.moe_record import Reading, draws, read
 
 _MOST_PASSTHROUGH = 64
+_MOST_MATRICES = 4
 
 
 def containers(module: nn.Module) -> dict[str, tuple[str, ...]]:
@@ -44,7 +45,9 @@ def _kind(part: nn.Module | None) -> Any:
     if part is None:
         return None
     shapes = tuple((name, p.shape) for name, p in part.named_parameters())
-    return (type(part), shapes) if sum(p.dim() > 1 for p in part.parameters()) > 1 else None
+    # A decoder's layer has more: attention, and norms.
+    matrices = sum(p.dim() > 1 for p in part.parameters())
+    return (type(part), shapes) if 2 <= matrices <= _MOST_MATRICES else None
 
 
 def stacks(module: nn.Module) -> list[str]:

@@ -112,3 +112,10 @@ def test_a_block_of_switch_transformers_is_one_graph():
     for length in (7, 9):
         x = torch.randn(2, length, 32)
         torch.testing.assert_close(compiled(x), block(x))
+
+
+def test_jetmoe_is_refused():
+    model, given = build("JetMoe"), inputs("JetMoe")
+    prepared = prepare(model, **given)
+    assert not prepared.swapped and len(prepared.refused) == 2 * 4
+    assert all("tokens come sorted" in refused.reason for refused in prepared.refused)
