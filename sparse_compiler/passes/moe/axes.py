@@ -36,7 +36,7 @@ class Axis:
         self, size: Any, *, repeated: bool = False, source: tuple[fx.Node, int] | None = None
     ) -> None:
         self.size, self.repeated, self.source = size, repeated, source
-        self._parts: tuple[Axis, Axis] | None = None
+        self._parts: tuple[Axis, ...] | None = None
         self._link: Axis | None = None
 
     def leaves(self) -> tuple[Axis, ...]:
@@ -51,6 +51,10 @@ class Axis:
         """Split a leaf into an outer axis and one of size ``inner``."""
         outer = Axis(self.size // inner, repeated=self.repeated)
         self._parts = outer, Axis(inner, repeated=self.repeated)
+
+    def become(self, parts: Sequence[Axis]) -> None:
+        """From now on this leaf is these axes, outermost first."""
+        self._parts = tuple(parts)
 
     def link(self, other: Axis) -> None:
         """From now on this leaf is the axis ``other``."""
@@ -82,6 +86,11 @@ def unify(left: Sequence[Axis], right: Sequence[Axis]) -> bool:
     """Whether two dimensions are the same index; links the axes of ``right`` to ``left``'s."""
     first, second = list(leaves((tuple(left),))[0]), list(leaves((tuple(right),))[0])
     while first and second:
+        for one, many in ((first, second), (second, first)):
+            sizes = math.prod(axis.size for axis in many)
+            if len(one) == 1 and len(many) > 1 and same_size(one[0].size, sizes):
+                one[0].become(many)
+                return True
         a, b = first.pop(), second.pop()  # innermost first
         if a is b:
             continue
@@ -124,7 +133,25 @@ _TURNED = {
     aten.movedim.int, aten.numpy_T.default, aten.swapaxes.default, aten.swapdims.default,
 }  # fmt: skip
 _REPEATED = {aten.repeat.default, aten.repeat_interleave.self_int}
-VIEWS = frozenset(_SAME | _RESHAPED | _EXPANDED | _TURNED | _REPEATED)
+_VIEWS = frozenset(_SAME | _RESHAPED | _EXPANDED | _TURNED | _REPEATED)
+
+
+def is_view(node: fx.Node) -> bool:
+    """Whether a node is another shape of its input, whole."""
+    return node.target in _VIEWS or _is_whole_slice(node)
+
+
+def keeps_shape(node: fx.Node) -> bool:
+    """Whether a node is a view or a copy of the very same dimensions."""
+    return node.target in _SAME or _is_whole_slice(node)
+
+
+def _is_whole_slice(node: fx.Node) -> bool:
+    """Whether a node is a slice that leaves nothing out: ``x[:]``."""
+    if node.target is not aten.slice.Tensor or arguments(node)["step"] != 1:
+        return False
+    before, after = node.args[0].meta["val"].shape, node.meta["val"].shape  # type: ignore[union-attr]
+    return all(map(same_size, before, after))
 
 
 def order(node: fx.Node) -> list[int]:
@@ -149,7 +176,7 @@ def order(node: fx.Node) -> list[int]:
 def through(node: fx.Node, layout: Layout) -> Layout | None:
     """The layout of a view, given that of its input; None for what is no view, or a strange one."""
     shape = node.meta["val"].shape
-    if node.target in _SAME:
+    if keeps_shape(node):
         return layout
     if node.target in _TURNED:
         return tuple(layout[dim] for dim in order(node))
@@ -223,7 +250,7 @@ def regroup(layout: Layout, shape: Sequence[Any]) -> Layout | None:
 def source_of(node: fx.Node) -> tuple[fx.Node, list[fx.Node]]:
     """What a node is a view of, and the views in between, the first one first."""
     chain: list[fx.Node] = []
-    while node.target in VIEWS or is_cast_to_itself(node):
+    while is_view(node) or is_cast_to_itself(node):
         chain.append(node)
         node = node.args[0]  # type: ignore[assignment]
     return node, chain[::-1]

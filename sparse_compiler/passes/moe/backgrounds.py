@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from sparse_compiler.passes.moe.axes import VIEWS, is_cast, order, same_size
+from sparse_compiler.passes.moe.axes import is_cast, is_view, keeps_shape, order, same_size
 from sparse_compiler.passes.moe.site import Refused
 from sparse_compiler.passes.moe.spots import Size, Spots, size_at
 from sparse_compiler.passes.moe.writes import Writes
@@ -100,7 +100,7 @@ class Backgrounds:
             return None
         name = str(node.target.overloadpacket.__name__).rstrip("_")
         rule = _RULES.get(name)
-        if node.target in VIEWS:
+        if is_view(node):
             return self._view(node, dim)
         if rule is not None:
             return rule(self, node, dim)
@@ -150,8 +150,7 @@ class Backgrounds:
         source = node.args[0]
         assert isinstance(source, fx.Node)
         value, result = source.meta["val"], node.meta["val"]
-        if node.target in (aten.contiguous.default, aten.clone.default, aten.alias.default,
-                           aten.detach.default, aten.lift_fresh_copy.default):  # fmt: skip
+        if keeps_shape(node):
             return self.of(source, dim, node)
         turned = _turn(node)
         if turned is not None:
@@ -266,7 +265,7 @@ class Backgrounds:
         """Whether a node is 0, 1, 2, ... along ``dim`` of ``at`` and depends on nothing else."""
         shape = node.meta["val"].shape
         place = dim - (at.meta["val"].dim() - len(shape))
-        while node.target in VIEWS or is_cast(node):
+        while is_view(node) or is_cast(node):
             node = node.args[0]  # type: ignore[assignment]
         whole = place >= 0 and all(same_size(size, 1) for j, size in enumerate(shape) if j != place)
         if (

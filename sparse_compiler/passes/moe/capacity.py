@@ -26,13 +26,13 @@ from sparse_compiler.passes.moe.assemble import (
     weight_nodes,
 )
 from sparse_compiler.passes.moe.axes import (
-    VIEWS,
     Axis,
     Layout,
     arrange,
     forward,
     fresh,
     is_cast,
+    is_view,
     leaves,
     unify,
 )
@@ -148,6 +148,7 @@ class _Reading:
             raise Refused(UNPROVED)
         reader = Slots(self._writes, expert, slots[0], leaves((tuple(counted),))[0])
         terms = reader.read(weights, leaves(layout), chain[0] if chain else combine.node)
+        tokens = list(leaves((tuple(tokens),))[0])  # now that views have split them
         for term in terms:
             for part in (term.choice, *term.gates):
                 if not set(part.axes()) <= {*tokens, *leaves((term.rows,))[0], expert}:
@@ -175,7 +176,7 @@ class _Reading:
             bound = given.get("other")
             compared = node.target is aten.ne.Scalar and bound == 0
             source = given.get("self")
-            followed = node.target in VIEWS or compared or is_cast(node)
+            followed = is_view(node) or compared or is_cast(node)
             if not followed or not isinstance(source, fx.Node):
                 raise Refused("its dispatch tensor is not where its combine tensor is not zero")
             self._chain.append(node)
@@ -184,7 +185,7 @@ class _Reading:
             raise Refused("tokens are multiplied by their gates when they are dispatched")
 
     def _dispatch_layout(self, layout: Layout) -> Layout:
-        views = [node for node in reversed(self._chain) if node.target in VIEWS]
+        views = [node for node in reversed(self._chain) if is_view(node)]
         found = forward(views, layout)
         if found is None:
             raise Refused(UNPROVED)

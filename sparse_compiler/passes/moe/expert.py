@@ -15,7 +15,6 @@ import torch
 from torch import fx
 
 from sparse_compiler.passes.moe.axes import (
-    VIEWS,
     Axis,
     Layout,
     aligned,
@@ -23,6 +22,7 @@ from sparse_compiler.passes.moe.axes import (
     forward,
     fresh,
     is_cast,
+    is_view,
     leaves,
     same_size,
     source_of,
@@ -333,7 +333,7 @@ class _Reading:
         while True:
             node = self._writes.now(node, reader)
             reader = node
-            if node.target in VIEWS or is_cast(node):
+            if is_view(node) or is_cast(node):
                 stages.append(("view", node))
                 node = node.args[0]  # type: ignore[assignment]
                 continue
@@ -416,7 +416,7 @@ class _Reading:
             return self._with_bias(node, *pair)
         if node.target is operator.getitem:
             return self._item(node)
-        if node.target not in VIEWS and node.target not in (aten.slice.Tensor, aten.select.int):
+        if not is_view(node) and node.target not in (aten.slice.Tensor, aten.select.int):
             return None
         source = node.args[0]
         assert isinstance(source, fx.Node)

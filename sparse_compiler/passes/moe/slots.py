@@ -23,13 +23,13 @@ import torch
 from torch import fx
 
 from sparse_compiler.passes.moe.axes import (
-    VIEWS,
     Axis,
     Layout,
     aligned,
     forward,
     fresh,
     is_cast,
+    is_view,
     leaves,
     same_size,
 )
@@ -150,7 +150,7 @@ class Slots:
         """What a node is a view of, or the same numbers in another dtype, with its layout."""
         node = self._writes.now(node, reader)
         chain: list[fx.Node] = []
-        while node.target in VIEWS or (is_cast(node) and _keeps(node)):
+        while is_view(node) or (is_cast(node) and _keeps(node)):
             chain.append(node)
             node = self._writes.now(node.args[0], node)  # type: ignore[arg-type]
         if not chain:
@@ -265,7 +265,7 @@ class Slots:
     def _same(self, part: Part, choice: Part) -> bool:
         return part.node is choice.node and leaves(part.layout) == leaves(choice.layout)
 
-    def _running(self, rank: Part, choice: Part, rows: tuple[Axis, ...]) -> _Running:
+    def _running(self, rank: Part, choice: Part, rows: tuple[Axis, ...] | None) -> _Running:
         """A running count: cumsum(choices), less 1 or the choice itself, behind other choices."""
         start = 1.0
         counts: list[fx.Node] = []
@@ -298,7 +298,9 @@ class Slots:
             raise Refused(UNPROVED)
         return _Running(counts[0], start, behind)
 
-    def _counts(self, node: fx.Node, layout: Layout, choice: Part, rows: tuple[Axis, ...]) -> None:
+    def _counts(
+        self, node: fx.Node, layout: Layout, choice: Part, rows: tuple[Axis, ...] | None
+    ) -> None:
         """That a running sum is one of the choices, over all tokens that share slots."""
         given = arguments(node)
         dim = given["dim"] % len(layout)
@@ -309,7 +311,9 @@ class Slots:
         over = set(leaves(layout)[dim])
         base, own = self._behind(given["self"], layout, node)
         counts = self._same(Part(base, own), choice)
-        if not counts or not over >= {*leaves((tuple(self._counted),))[0], *rows}:
+        if not counts:
+            raise Refused(UNPROVED)
+        if rows is not None and not over >= {*leaves((tuple(self._counted),))[0], *rows}:
             raise Refused(UNPROVED)
 
     def _all_of(
@@ -344,7 +348,8 @@ class Slots:
         ]
         if len(ranks) != 1 or ranks[0].inverse:
             raise Refused(UNPROVED)
-        return node, self._running(ranks[0], choice, ()).counts
+        # That it is the count of all who share slots is seen where it makes positions.
+        return node, self._running(ranks[0], choice, None).counts
 
 
 def _keeps(node: fx.Node) -> bool:

@@ -11,13 +11,13 @@ from torch import fx
 
 from sparse_compiler.passes.moe.assemble import Factor, Mixture
 from sparse_compiler.passes.moe.axes import (
-    VIEWS,
     Axis,
     Layout,
     aligned,
     forward,
     fresh,
     is_cast,
+    is_view,
     leaves,
     source_of,
 )
@@ -101,7 +101,7 @@ def behind_views(node: fx.Node, reader: fx.Node, writes: Writes) -> tuple[fx.Nod
     """What a node is a view or a conversion of, and these, the first one first."""
     chain: list[fx.Node] = []
     node = writes.now(node, reader)
-    while node.target in VIEWS or (is_cast(node) and _wide(node)):
+    while is_view(node) or (is_cast(node) and _wide(node)):
         chain.append(node)
         node = writes.now(node.args[0], node)  # type: ignore[arg-type]
     return node, chain[::-1]
