@@ -83,11 +83,11 @@ def sparse(
     record = _rewrite(gm, example_inputs, context)
     record.seconds = time.perf_counter() - started
     after = record.after
+    lowerings.register_all()
     if not after.meta.get("edits"):
         # Dynamo's own graph: a model without zeros is Inductor's to the last instruction.
         record.call = inductor.compile_graph(gm, example_inputs, patches)
     else:
-        lowerings.register_all()
         packed = _lift_constants(after, cpp.digest())
         inputs = [node.name for node in after.graph.nodes if node.op == "placeholder"]
         compiled = inductor.compile_graph(after, [*example_inputs, *packed.values()], patches)

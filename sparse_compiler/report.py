@@ -16,6 +16,7 @@ from torch import fx
 from sparse_compiler import backend
 from sparse_compiler.options import Options
 from sparse_compiler.passes import Rewrite
+from sparse_compiler.prepare.registry import PREPARERS
 from sparse_compiler.region import region_graph
 
 
@@ -43,12 +44,15 @@ class Report:
         graphs: one pair for each graph that Dynamo found.
         graph_breaks: reasons for which Dynamo cut the model, with how often each occurred.
         compile_seconds: from the first call to its result, everything included.
+        preparable: of a model in several graphs, what kinds of modules ``prepare`` knows, with how
+            many there are.
     """
 
     rewrites: tuple[Rewrite, ...]
     graphs: tuple[GraphPair, ...]
     graph_breaks: tuple[tuple[str, int], ...]
     compile_seconds: float
+    preparable: tuple[tuple[str, int], ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data: what ``json.dumps`` takes."""
@@ -64,6 +68,7 @@ class Report:
             ],
             "graph_breaks": [list(item) for item in self.graph_breaks],
             "compile_seconds": self.compile_seconds,
+            "preparable": [list(item) for item in self.preparable],
         }
 
     def to_networkx(self) -> list[nx.DiGraph]:
@@ -82,6 +87,11 @@ class Report:
             lines += ["", *_table(self.rewrites)]
         for reason, times in self.graph_breaks:
             lines.append(f"graph break ({times}x): {reason}")
+        for kind, number in self.preparable:
+            lines.append(
+                f"{kind} ({number}x) may be what cuts the model: sc.prepare(model, *inputs), or "
+                "sc.compile(model, *inputs), replaces it by one that is traced whole"
+            )
         if not self.graphs:
             lines.append("Dynamo compiled nothing: the model was not called, or runs eagerly.")
         return "\n".join(lines)
@@ -127,7 +137,17 @@ def explain(
         tuple(GraphPair(r.before, r.after, r.seconds) for r in records),
         tuple((reason.splitlines()[0], times) for reason, times in new_breaks.most_common()),
         seconds,
+        _preparable(model) if new_breaks or len(records) != 1 else (),
     )
+
+
+def _preparable(model: Callable[..., Any]) -> tuple[tuple[str, int], ...]:
+    """Kinds of modules that ``prepare`` knows and has not replaced yet."""
+    if not isinstance(model, torch.nn.Module):
+        return ()
+    left = [module for module in model.modules() if "forward" not in vars(module)]
+    counts = {p.name: sum(map(p.find, left)) for p in PREPARERS}
+    return tuple((kind, number) for kind, number in counts.items() if number)
 
 
 _HEADINGS = (

@@ -115,3 +115,35 @@ def test_layers_that_differ_in_how_many_rows_are_zero_share_a_line():
         text = str(sc.explain(model, torch.randn(4, 32), options={"selection": "model"}))
     (line,) = [line for line in text.splitlines() if "zero rows" in line]
     assert line.startswith("layers.* x3") and "  zero rows  " in line
+
+
+class LoopOverExperts(nn.Module):
+    """As Mixtral's first code had it: Dynamo leaves the whole frame uncompiled."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate = nn.Linear(16, 4)
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 16)) for _ in range(4)
+        )
+
+    def forward(self, x):
+        weights, ids = self.gate(x).softmax(-1).topk(2)
+        out = torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            rows, place = torch.where(ids == number)
+            out.index_add_(0, rows, expert(x[rows]) * weights[rows, place, None])
+        return out
+
+
+def test_what_cuts_a_model_is_named():
+    model, x = LoopOverExperts(), torch.randn(6, 16)
+    with torch.no_grad():
+        report = sc.explain(model, x, options=ALWAYS)
+        assert report.preparable == (("mixture of experts", 1),)
+        assert "mixture of experts (1x) may be what cuts the model: sc.prepare" in str(report)
+        assert report.to_dict()["preparable"] == [["mixture of experts", 1]]
+        sc.prepare(model, x)
+        torch._dynamo.reset()
+        report = sc.explain(model, x, options=ALWAYS)
+    assert len(report.graphs) == 1 and report.preparable == ()
