@@ -195,16 +195,21 @@ def _added(
 ) -> Mixture | None:
     """Out = expert_0(x) * g_0 + expert_1(x) * g_1 + ... + what else there is."""
     groups: dict[Any, list[_Term]] = {}
+    unread: list[Refused] = []
     for node in terms:
-        term = _term(node, reader)
+        try:
+            term = _term(node, reader)
+        except Refused as refused:
+            unread.append(refused)
+            continue
         if term is not None:
             item = term.expert
             key = item.x, item.body, term.scale, tuple(gate.key for gate in term.gates)
             groups.setdefault(key, []).append(term)
-    if not groups:
-        return None
-    group = max(groups.values(), key=len)
+    group = max(groups.values(), key=len, default=[])
     if len(group) < 2:
+        if len(unread) > 1:
+            raise unread[0]
         return None
     group = _in_order(group)
     merge([term.expert for term in group], reader.static)
@@ -249,10 +254,16 @@ def _term(node: fx.Node, reader: Reader) -> _Term | None:
     for place, (item, at) in enumerate(weighted.factors):
         if list(item.meta["val"].shape) != list(node.meta["val"].shape):
             continue
-        expert = reader.experts(item, at)
+        others = [pair for j, pair in enumerate(weighted.factors) if j != place]
+        try:
+            expert = reader.experts(item, at)
+        except Refused:
+            # Rotary embeddings are sums of products, too: a gate is one number for all features.
+            if any(other.meta["val"].shape[-1:] != (1,) for other, _ in others):
+                continue
+            raise
         if expert is None or expert.expert is not None:
             continue
-        others = [pair for j, pair in enumerate(weighted.factors) if j != place]
         gates = tuple(_gate(*pair, reader.writes) for pair in others)
         return _Term(node, expert, gates, weighted.scale)
     return None
