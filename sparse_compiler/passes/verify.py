@@ -10,12 +10,14 @@ from torch import fx
 
 from sparse_compiler.errors import VerificationError
 from sparse_compiler.ops import attention as _operators  # noqa: F401  registers the operators
+from sparse_compiler.ops import moe as _mixtures  # noqa: F401
 from sparse_compiler.passes.base import PassContext
 from sparse_compiler.region import Region
 from sparse_compiler.static import StaticValues
 
 Verify = Callable[[Region, Sequence[fx.Node], Sequence[fx.Node]], None]
 
+_MIXTURES = (torch.ops.sparse_compiler.moe.default, torch.ops.sparse_compiler.moe_training.default)
 _TILE_KINDS = torch.ops.sparse_compiler.tile_kinds.default
 
 # Relative to the largest result: sums are taken in another order.
@@ -36,7 +38,7 @@ def verifier(
         maps = [node for node in inputs_of(created) if node.target is _TILE_KINDS]
         created = [*maps, *created]
         # What only the original reads (a mask) is computed from what the rewrite reads.
-        between = _between(region.nodes, set(inputs_of(created)), static)
+        between = _between([*region.nodes, *created], _made_up(created), static)
         for node in inputs_of([*between, *region.nodes, *created]):
             known = static.value(node) if static.is_static(node) else static.leaf(node)
             values[node] = known if known is not None else random_like(node, generator)
@@ -56,6 +58,26 @@ def verifier(
                 )
 
     return verify
+
+
+def _made_up(created: Sequence[fx.Node]) -> set[fx.Node]:
+    """What gets random values: all that a rewrite reads.
+
+    Of a mixture of experts its tokens alone: ids and gates belong together, and are computed.
+    """
+    calls = [node for node in created if node.target in _MIXTURES]
+    if not calls:
+        return set(inputs_of(created))
+    inside, found = set(created), set()
+    waiting = [call.args[0] for call in calls]
+    while waiting:
+        node = waiting.pop()
+        assert isinstance(node, fx.Node)
+        if node in inside:
+            waiting.extend(node.all_input_nodes)
+        else:
+            found.add(node)
+    return found
 
 
 def _special(values: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,10 @@ from moe_sites import ROUTED, apply, check, compare, found_in, refusals, the_sit
 from torch import nn
 
 from sparse_compiler.canonical import canonicalize
-from sparse_compiler.passes.moe import dense, unrolled
+from sparse_compiler.formats.cost import AlwaysSelector
+from sparse_compiler.options import Options
+from sparse_compiler.passes import PassContext
+from sparse_compiler.passes.moe import Moe, dense, unrolled
 from sparse_compiler.passes.moe.site import Site
 from sparse_compiler.static import StaticValues
 
@@ -352,3 +355,17 @@ def test_no_dense_product_is_left() -> None:
     apply(gm, site)
     assert sum(node.target in ROUTED for node in gm.graph.nodes) == 1
     assert not [node for node in gm.graph.nodes if node.target is torch.ops.aten.einsum.default]
+
+
+@pytest.mark.parametrize("model", [Spelled(einsum), Spelled(interleaved), OnInput()])
+def test_the_pass_verifies_its_rewrite(model: nn.Module) -> None:
+    """Ids and gates belong together: they are computed, from tokens that are random."""
+    options = Options(verify=True, on_error="raise")
+    context = PassContext(options=options, selector=AlwaysSelector())
+    x = torch.randn(T, D)
+    gm = canonicalize(model, x)
+    Moe(context)(gm)
+    (rewrite,) = context.rewrites
+    assert rewrite.applied, rewrite.reason
+    assert rewrite.reason.startswith(f"{T * K} of {T * E} pairs are computed")
+    torch.testing.assert_close(gm(x), model(x), rtol=1e-4, atol=1e-5)

@@ -360,6 +360,17 @@ def test_results_added_to_an_input_in_place_are_refused() -> None:
     assert reason == "the experts' results are added to out in place"
 
 
+def test_rotary_embeddings_are_no_mixture() -> None:
+    class Rotary(Base):
+        def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+            q = self.shared(F.layer_norm(self.experts[0](x), (D,)))
+            turned = torch.cat([-q[..., D // 2 :], q[..., : D // 2]], dim=-1)
+            return q * cos + turned * sin
+
+    inputs = (torch.randn(T, D), torch.randn(T, D), torch.randn(T, D))
+    assert found_in(unrolled.find, Rotary(), *inputs)[1] == []
+
+
 def test_residual_layers_are_no_mixture() -> None:
     class Plain(Base):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
