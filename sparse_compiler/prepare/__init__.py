@@ -5,7 +5,8 @@ BigBird) loops over ``nonzero()``, calls ``.item()`` and draws plans with numpy,
 whole. ``prepare`` finds such modules by their structure, replaces what they compute, for compiled
 code only, by the same thing in plain PyTorch with a mask, and leaves it to the compiler to skip
 what is masked. Mixtures of experts ask the data which tokens each expert gets: there the loop over
-experts becomes one operator, and the rest of the function stays the user's. Parameters, ``state_dict`` keys and eager behaviour stay as they are.
+experts becomes one operator, and the rest of the function stays the user's. Parameters,
+``state_dict`` keys and eager behaviour stay as they are.
 
 A new kind of module is one more ``Preparer``, handed to ``register``.
 """

@@ -7,7 +7,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+import sparse_compiler as sc
 import sparse_compiler.nn as sn
+from sparse_compiler.formats.cost import AlwaysSelector
+from sparse_compiler.options import Options
+from sparse_compiler.passes import Moe, PassContext, moe
 
 D, H, E = 16, 24, 4
 
@@ -210,3 +214,24 @@ def test_all_is_active_without_experts():
 def test_what_cannot_be(make, sentence):
     with pytest.raises(ValueError, match=sentence):
         make()
+
+
+@pytest.mark.parametrize("spelling", ["dense", "gathered"])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("scoring", ["softmax", "softmax of chosen", "sigmoid"])
+def test_the_compiler_runs_chosen_experts_alone(monkeypatch, spelling, bias, scoring):
+    monkeypatch.setattr(moe, "_DTYPES", (torch.float64,))
+    made = {"dtype": torch.float64}
+    router = sn.TopKRouter(D, E, 2, scoring=scoring, capacity_factor=1.0, **made)
+    layer = sn.MoE(D, H, router, bias=bias, shared=8, spelling=spelling, **made)
+    x = torch.randn(9, D, **made)
+    gm = sc.canonicalize(layer, x)
+    context = PassContext(Options.parse({"on_error": "raise"}), True, AlwaysSelector())
+    Moe(context)(gm)
+    assert [item.applied for item in context.rewrites] == [True], context.rewrites
+    torch.testing.assert_close(gm(x)[0], layer(x)[0])
+    wanted, found = (
+        torch.autograd.grad(run(x)[0].square().sum(), list(layer.parameters()))
+        for run in (layer, gm)
+    )
+    torch.testing.assert_close(found, wanted)
