@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from torch import fx
 
 from sparse_compiler.passes.moe.site import Refused
-from sparse_compiler.passes.moe.writes import Writes, owner
+from sparse_compiler.passes.moe.writes import Writes
 from sparse_compiler.static import writes_to
 
 
@@ -32,9 +32,8 @@ def region_of(
     for source in sources:
         if writes.changes(source, node):
             raise Refused(f"{source.name} is written to in place before the experts are done")
-    first = owner(node)
-    names = {item for item in _reachable(node, sources) if owner(item) is first}
-    kept = _reachable(node, sources)
+    names = _names(node, sources)
+    kept = _grown(node, names, sources)
     while True:
         outside = {item for item in kept - names if not kept.issuperset(item.users)}
         # What writes to a tensor that lives on has to stay.
@@ -48,16 +47,33 @@ def region_of(
     return frozenset(kept | {node})
 
 
-def _reachable(node: fx.Node, sources: set[fx.Node]) -> set[fx.Node]:
-    """Operators before ``node`` that lead to it, write to them in place, or lead nowhere."""
-    found: set[fx.Node] = set()
-    waiting = [node]
+def _names(node: fx.Node, sources: set[fx.Node]) -> set[fx.Node]:
+    """The node, and what it is in place of: one tensor."""
+    found = {node}
+    while len(targets := writes_to(node)) == 1:
+        node = targets[0]
+        if node in sources or node.op != "call_function":
+            break
+        found.add(node)
+    return found
+
+
+def _grown(last: fx.Node, names: set[fx.Node], sources: set[fx.Node]) -> set[fx.Node]:
+    """The names, and step by step what nothing outside reads: no look at the rest of the graph."""
+    found = set(names)
+    waiting = [source for name in names for source in name.all_input_nodes]
     while waiting:
         item = waiting.pop()
         if item in found or item in sources or item.op != "call_function":
             continue
-        found.add(item)
-        waiting.extend(item.all_input_nodes)
-        waiting.extend(user for user in item.users if item in writes_to(user) and user < node)
-        waiting.extend(user for user in item.users if not user.users and not user.is_impure())
+        loose = [user for user in item.users if user not in found]
+        if all(user < last and _ends(user, item) for user in loose):
+            joined = [item, *loose]
+            found.update(joined)
+            waiting.extend(source for each in joined for source in each.all_input_nodes)
     return found
+
+
+def _ends(user: fx.Node, item: fx.Node) -> bool:
+    """Whether nothing reads the result of a user of ``item``, by that name."""
+    return not user.users and (not user.is_impure() or item in writes_to(user))
