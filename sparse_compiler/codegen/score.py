@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from sparse_compiler.score.derivative import derivative
 from sparse_compiler.score.expr import Expr, K, S, add, build, const, load, parse
 from sparse_compiler.score.fill import fill_of
-from sparse_compiler.score.masks import full_score, kept_score
+from sparse_compiler.score.masks import full_score, kept_score, open_score
 
 _INDEX_BITS = 28
 _INDICES = {"b": "b", "h": "h", "q": "q", "k": "k"}
@@ -115,7 +115,7 @@ def functor(text: str, grad_leaf: int = -1) -> Functor:
         for slot in slots
         if slot in loads
     ]
-    scale = _scale(full)
+    scale, open_ = _scale(full), open_score(score)
     fill = fill_of(score)
     bodies = [
         _method("forward", score, full),
@@ -135,8 +135,10 @@ def functor(text: str, grad_leaf: int = -1) -> Functor:
         f"  static constexpr bool needs_bound = {_bool(fill.needs_bound)};",
         f"  static constexpr bool leaf_grad = {_bool(grad_leaf >= 0)};",
         *leaves,
+        f"  static constexpr bool has_open = {_bool(open_ is not None)};",
         "  const int64_t* integer;",
         *bodies,
+        *([] if open_ is None else [_plain("open", open_)]),
         "};",
     ]
     return Functor("\n".join(lines), ranks, scale is not None)
@@ -175,6 +177,18 @@ def _scale(full: Expr) -> float | None:
         factor = float(full.operands[1].value)
         return factor if full.op == "mul" else 1.0 / factor
     return None
+
+
+def _plain(name: str, score: Expr) -> str:
+    return "\n".join(
+        [
+            f"  __attribute__((always_inline)) inline sc::vf<sc::VL> {name}(sc::vf<sc::VL> s,"
+            " int64_t b, int64_t h, int64_t q, int64_t k, int count) const {",
+            "    using namespace sc;",
+            *_Emitter().body(score),
+            "  }",
+        ]
+    )
 
 
 def _method(name: str, partial: Expr, full: Expr) -> str:

@@ -42,7 +42,8 @@ class MoE(nn.Module):
         shared: size of an expert that all tokens use besides; 0 for none.
         spelling: ``"dense"`` is two einsums over all experts and gates that are mostly 0;
             ``"gathered"`` indexes the weights by expert, for few tokens; ``"grouped"`` sorts tokens
-            by expert and calls ``grouped_mm`` (no float64, sizes that are multiples of 16 bytes).
+            by expert and calls ``grouped_mm`` (no float64, sizes that are multiples of 16 bytes;
+            compiled without a GPU, PyTorch takes bfloat16 alone).
         device: of the parameters.
         dtype: of the parameters.
 

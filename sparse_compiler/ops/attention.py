@@ -3,8 +3,9 @@
 ``score`` is the text of an expression (``sparse_compiler.score``) in the raw product s, the batch,
 head, query and key, elements of the ``leaves`` and runtime ``integers``: scale, mask, bias and
 soft-cap are all in it. ``kinds`` says of every tile of 64 queries and 64 keys whether it is empty,
-partial or full. It decides the speed and never the result, so the bodies here, the operators'
-meaning and their oracle, do not read it. CPUs run the kernels of ``codegen`` instead.
+partial, full, or partial by its indices alone. It decides the speed and never the result, so the
+bodies here, the operators' meaning and their oracle, do not read it. CPUs run the kernels of
+``codegen`` instead.
 
 - ``tile_kinds``: the map of a score, ``uint8 [batch or 1, heads or 1, ceil(queries / 64) *
   ceil(keys / 64) + 1]``, row by row (``flat``); computed once a mask and shared by all layers

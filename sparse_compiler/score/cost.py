@@ -60,7 +60,7 @@ class AttentionProblem:
     @property
     def partial(self) -> float:
         """The fraction of tiles whose score has to be evaluated pair by pair."""
-        return float((self.kinds == 1).float().mean()) if self.kinds.numel() else 1.0
+        return float((self.kinds % 2 == 1).float().mean()) if self.kinds.numel() else 1.0
 
 
 def dense_ms(problem: AttentionProblem) -> float:

@@ -7,7 +7,7 @@ import functools
 
 from sparse_compiler.score.intervals import Ranges
 from sparse_compiler.score.logic import FILL
-from sparse_compiler.score.node import Expr
+from sparse_compiler.score.node import FALSE, TRUE, Expr
 
 # Expressions nested deeper than this are not analysed.
 _DEEPEST = 100
@@ -22,6 +22,8 @@ class Plan:
         additions: float expressions that are 0 where an additive mask keeps a pair.
         kept: the score where all conditions keep.
         full: and where all additions are 0.
+        open: the score where only what leaves decide keeps: conditions on indices are still in it.
+        loaded: as ``conditions``, of those only, as small as they come.
         static: what holds for any leaves.
         elementwise: whether q and k both index a leaf, of which then every element is read.
         analysed: False of an expression nested too deeply: all of its tiles are partial.
@@ -31,6 +33,8 @@ class Plan:
     additions: tuple[Expr, ...]
     kept: Expr
     full: Expr
+    open: Expr
+    loaded: tuple[tuple[Expr, bool], ...]
     static: Ranges
     elementwise: bool
     analysed: bool = True
@@ -65,7 +69,7 @@ def plan(score: Expr) -> Plan:
         raise ValueError(f"a score is a float, not {score.type}: {score}")
     static = Ranges()
     if _depth(score) > _DEEPEST:
-        return Plan((), (), score, score, static, False, analysed=False)
+        return Plan((), (), score, score, score, (), static, False, analysed=False)
     found: dict[tuple[Expr, bool], None] = {}
     branches: dict[Expr, Expr] = {}
     for node in score.walk():
@@ -82,15 +86,45 @@ def plan(score: Expr) -> Plan:
         kept = kept.substitute(inside)
     additions = {node: place for node in kept.walk() if (place := _additive(node)) is not None}
     full = kept.substitute({node: node.operands[1 - place] for node, place in additions.items()})
+    loaded: dict[tuple[Expr, bool], None] = {}
+    assumed: dict[Expr, Expr] = dict.fromkeys(additions)  # type: ignore[assignment]
+    for node, place in additions.items():
+        assumed[node] = node.operands[1 - place]
+    for condition, keep in found:
+        parts = [part for part in _parts(condition, keep) if part.depends_on("load")]
+        loaded.update(dict.fromkeys((part, keep) for part in parts))
+        if parts:
+            known = dict.fromkeys(parts, TRUE if keep else FALSE)
+            assumed[condition] = condition.substitute(known)
     elementwise = any(node.depends_on("q") and node.depends_on("k") for node in score.loads())
     return Plan(
         tuple(found),
         tuple(dict.fromkeys(node.operands[place] for node, place in additions.items())),
         kept,
         full,
+        score.substitute(assumed),
+        tuple(loaded),
         static,
         elementwise,
     )
+
+
+def open_score(score: Expr) -> Expr | None:
+    """The score in OPEN tiles, where all that leaves decide keeps and indices may mask.
+
+    None if it is no simpler than the score, or the score of FULL tiles.
+    """
+    found = plan(score)
+    if found.open in (found.full, score) or found.open.depends_on("load"):
+        return None
+    return found.open
+
+
+def _parts(condition: Expr, keep: bool) -> list[Expr]:
+    """What has to hold together for a condition to keep a pair."""
+    if condition.op != ("and" if keep else "or"):
+        return [condition]
+    return [part for item in condition.operands for part in _parts(item, keep)]
 
 
 def _depth(expr: Expr) -> int:

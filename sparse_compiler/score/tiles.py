@@ -7,7 +7,9 @@ evaluating the score (``grid``). A tile is
   float32 unless a whole row is as low, which kernels check (``fill_of`` says what to check);
 - FULL if every mask condition holds everywhere in it and every additive mask is 0: the score is
   ``full_score`` there;
-- PARTIAL if neither can be shown.
+- OPEN if everything that leaves decide keeps, and only conditions on indices may mask: the score is
+  ``open_score`` there, so that a padding mask of ones costs nothing inside of a window;
+- PARTIAL if none of these can be shown.
 """
 
 from __future__ import annotations
@@ -22,9 +24,16 @@ from sparse_compiler.score.expr import Expr, parse
 from sparse_compiler.score.fill import DEAD, Fill, fill_of
 from sparse_compiler.score.grid import BLOCK_K, BLOCK_Q, Grid
 from sparse_compiler.score.intervals import S_BOUND, Ranges
-from sparse_compiler.score.masks import Plan, conditions, full_score, kept_score, plan
+from sparse_compiler.score.masks import (
+    Plan,
+    conditions,
+    full_score,
+    kept_score,
+    open_score,
+    plan,
+)
 
-EMPTY, PARTIAL, FULL = 0, 1, 2
+EMPTY, PARTIAL, FULL, OPEN = 0, 1, 2, 3
 
 # Tiles, and elements of leaves that q and k both index, that are looked at together.
 _TILES, _ELEMENTS = 2**18, 2**24
@@ -90,7 +99,10 @@ def classify(
                 device,
             )
             part = (batch, heads, last - row, columns)
-            kinds = _kinds(_Dead(grid, known)(expr, DEAD), _full(grid, known))
+            dead, full = _Dead(grid, known)(expr, DEAD), _full(grid, known, known.conditions)
+            lesser = known.loaded if full is not True and open_score(expr) is not None else None
+            rest = PARTIAL if lesser is None else _opened(_full(grid, known, lesser))
+            kinds = _kinds(dead, full, rest)
             if isinstance(kinds, int):
                 found.append(torch.full(part, kinds, dtype=torch.uint8, device=device))
             else:
@@ -99,13 +111,11 @@ def classify(
 
 
 def fractions(kinds: torch.Tensor) -> tuple[float, float, float]:
-    """Which fractions of the tiles are EMPTY, PARTIAL and FULL."""
+    """Which fractions of the tiles are EMPTY, PARTIAL or OPEN, and FULL."""
     if not kinds.numel():
         return 0.0, 0.0, 0.0
-    empty, partial, full = (
-        float((kinds == kind).sum()) / kinds.numel() for kind in (EMPTY, PARTIAL, FULL)
-    )
-    return empty, partial, full
+    empty, full = (float((kinds == kind).sum()) / kinds.numel() for kind in (EMPTY, FULL))
+    return empty, 1.0 - empty - full, full
 
 
 def density(kinds: torch.Tensor) -> float:
@@ -113,22 +123,31 @@ def density(kinds: torch.Tensor) -> float:
     return 1.0 - fractions(kinds)[0]
 
 
-def _kinds(dead: Certain, full: Certain) -> torch.Tensor | int:
-    if isinstance(dead, bool):
-        if dead:
-            return EMPTY
-        if isinstance(full, bool):
-            return FULL if full else PARTIAL
-        return full.to(torch.uint8) + PARTIAL
+def _opened(loaded: Certain) -> torch.Tensor | int:
+    """OPEN where all that leaves decide keeps, PARTIAL elsewhere."""
+    if isinstance(loaded, bool):
+        return OPEN if loaded else PARTIAL
+    return loaded.to(torch.uint8) * (OPEN - PARTIAL) + PARTIAL
+
+
+def _kinds(dead: Certain, full: Certain, rest: torch.Tensor | int) -> torch.Tensor | int:
+    """FULL or ``rest`` where not EMPTY."""
+    if isinstance(dead, bool) and dead:
+        return EMPTY
+    kinds: torch.Tensor | int
     if isinstance(full, bool):
-        return (~dead).to(torch.uint8) * (FULL if full else PARTIAL)
-    return (full.to(torch.uint8) + PARTIAL) * ~dead
+        kinds = FULL if full else rest
+    else:
+        kinds = torch.where(full, FULL, rest).to(torch.uint8)
+    if isinstance(dead, bool):
+        return kinds
+    return (~dead).to(torch.uint8) * kinds
 
 
-def _full(grid: Grid, known: Plan) -> Certain:
-    """Where all conditions keep and all additive masks are 0."""
+def _full(grid: Grid, known: Plan, conditions: Sequence[tuple[Expr, bool]]) -> Certain:
+    """Where these conditions keep and all additive masks are 0."""
     total: Certain = True
-    for condition, keep in known.conditions:
+    for condition, keep in conditions:
         yes, no = grid.truth(condition)
         total = join(total, yes if keep else no)
     for addition in known.additions:
@@ -201,6 +220,7 @@ __all__ = [
     "DEAD",
     "EMPTY",
     "FULL",
+    "OPEN",
     "PARTIAL",
     "S_BOUND",
     "Fill",
@@ -211,4 +231,5 @@ __all__ = [
     "fractions",
     "full_score",
     "kept_score",
+    "open_score",
 ]

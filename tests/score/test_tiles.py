@@ -43,7 +43,16 @@ from sparse_compiler.score.expr import (
     to_text,
     where,
 )
-from sparse_compiler.score.tiles import EMPTY, FULL, PARTIAL, classify, fill_of, full_score
+from sparse_compiler.score.tiles import (
+    EMPTY,
+    FULL,
+    OPEN,
+    PARTIAL,
+    classify,
+    fill_of,
+    full_score,
+    open_score,
+)
 
 INF = math.inf
 
@@ -88,6 +97,11 @@ def check_sound(score: Expr, leaves: list[torch.Tensor], queries: int, keys: int
         inside = where_ == FULL
         assert close(values[inside], full[inside]), "FULL is not full"
         assert close(values[inside], kept[inside])
+        opened = open_score(score)
+        assert opened is not None or not bool((kinds == OPEN).any())
+        if opened is not None:
+            less = evaluate(opened, s, leaves, INTS, *sizes)
+            assert close(values[where_ == OPEN], less[where_ == OPEN]), "OPEN is not open"
         if not fill_of(score).finite:
             assert bool((values == -INF)[where_ == EMPTY].all()), "a finite fill was not announced"
     assert fill_of(score).skippable or not bool((kinds == EMPTY).any())
@@ -133,6 +147,11 @@ def exact_kinds(score: Expr, keep: torch.Tensor) -> torch.Tensor:
     kinds[~pooled(keep)] = EMPTY
     kinds[~pooled(~keep)] = FULL
     return kinds[: BATCH if score.depends_on("b") else 1, : HEADS if score.depends_on("h") else 1]
+
+
+def unopened(kinds: torch.Tensor) -> torch.Tensor:
+    """OPEN tiles as the partial ones that they are."""
+    return torch.where(kinds == OPEN, PARTIAL, kinds)
 
 
 CAUSAL = le(K, Q)
@@ -195,8 +214,25 @@ def test_common_masks_are_exact(name, form):
         nothing = torch.zeros(BATCH, HEADS, *sizes)
         values = evaluate(keep, nothing, leaves, INTS, *nothing.shape)
         kinds = classify(to_text(score), leaves, INTS, *nothing.shape)
-        assert torch.equal(kinds, exact_kinds(score, values)), sizes
+        assert torch.equal(unopened(kinds), exact_kinds(score, values)), sizes
     check_sound(score, leaves, *sizes)
+
+
+def test_a_padding_mask_of_ones_leaves_a_window_to_its_indices():
+    inside = and_(CAUSAL, lt(DISTANCE, 100))
+    masked = where(and_(PADDING, inside), mul(S, 0.125), -INF)
+    alone = where(inside, mul(S, 0.125), -INF)
+    assert open_score(masked) is alone and open_score(alone) is None
+    assert open_score(where(PADDING, S, -INF)) is None  # that is the score of full tiles
+    ones = torch.ones(BATCH, 300, dtype=torch.bool)
+    kinds = classify(masked, [ones], INTS, BATCH, HEADS, 300, 300)
+    assert not bool((kinds == PARTIAL).any()) and bool((kinds == OPEN).any())
+    assert torch.equal(unopened(kinds)[:1], classify(alone, [], INTS, BATCH, HEADS, 300, 300))
+    ones[0, 130] = False
+    kinds = classify(masked, [ones], INTS, BATCH, HEADS, 300, 300)
+    assert bool((kinds[0, 0, 2:, 2] != OPEN).all()) and kinds[1, 0, 2, 2].item() == OPEN
+    added = add(mul(S, 0.125), where(PADDING, 0.0, -INF))
+    assert open_score(where(inside, added, -INF)) is alone
 
 
 def test_additive_mask_tensors():
@@ -206,7 +242,7 @@ def test_additive_mask_tensors():
     score = add(mul(S, 0.125), load(4, "f32", B, Q, K))
     kinds = classify(score, leaves, INTS, BATCH, HEADS, 200, 200)
     keep = leaves[1].expand(BATCH, HEADS, -1, -1)
-    assert torch.equal(kinds, exact_kinds(score, keep))
+    assert torch.equal(unopened(kinds), exact_kinds(score, keep))
     leaves[4] = leaves[4].to(torch.bfloat16)
     half = add(mul(S, 0.125), load(4, "bf16", B, Q, K))
     assert torch.equal(classify(half, leaves, INTS, BATCH, HEADS, 200, 200), kinds)
@@ -222,7 +258,7 @@ def test_integer_masks_from_memory():
     score = add(S, mul(sub(1.0, to_float(load(0, "i64", B, K))), -10000.0))
     kinds = classify(score, [attended], (), BATCH, HEADS, 10, 200)
     keep = attended.bool()[:, None, None].expand(-1, HEADS, 10, -1)
-    assert torch.equal(kinds, exact_kinds(score, keep))
+    assert torch.equal(unopened(kinds), exact_kinds(score, keep))
     assert full_score(score) is S
     kinds = classify(score, [attended * 2], (), BATCH, HEADS, 10, 200)
     assert not bool((kinds == FULL).any())

@@ -52,6 +52,7 @@ inline Kind kind_of(const Attention& a, const BackwardPlan& p, int64_t b, int64_
   if (p.dense[(b * a.H + h) * p.q_tiles + qt]) return PARTIAL;
   const uint8_t* const map = a.kinds + b * a.kinds_stride[0] + h * a.kinds_stride[1];
   const Kind kind = Kind(map[qt * p.k_tiles + kt]);
+  if (kind == OPEN) return PARTIAL;
   // The score of full tiles has lost the leaf it could be differentiated by.
   return Score::leaf_grad && kind == FULL ? PARTIAL : kind;
 }

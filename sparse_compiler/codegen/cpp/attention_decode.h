@@ -172,7 +172,7 @@ struct DecodeTask {
       vf<VL> x = vf<VL>{} - INFINITY;
       if (some > 0 && what == FULL)
         x = first_lanes(score.template forward<true>(load<VL>(place), b, h, m, k, some), some);
-      else if (some > 0 && what == PARTIAL)
+      else if (some > 0 && what != EMPTY)
         x = first_lanes(score.template forward<false>(load<VL>(place), b, h, m, k, some), some);
       high = larger<VL>(x, high);
       store<VL>(place, x);

@@ -110,7 +110,7 @@ struct ForwardTask {
   static constexpr bool RAW = Score::trivial && Score::scale > 0.f;
   struct Part {
     int64_t tile;
-    bool full;
+    uint8_t kind;
     int begin, end;  // vectors of keys that the rows at hand see
     const float *key, *value;
   };
@@ -149,14 +149,19 @@ struct ForwardTask {
   bool narrow(int64_t row, int n, Part& part) const {
     part.begin = 0;
     part.end = V;
-    if (!Score::trivial || part.full || dense) return false;
+    if (!Score::trivial || part.kind == FULL || dense) return false;
+    if constexpr (has_open<Score>())
+      if (part.kind == OPEN) return narrow_as<OPEN>(row, n, part);
+    return narrow_as<PARTIAL>(row, n, part);
+  }
+  template <int KIND>
+  bool narrow_as(int64_t row, int n, Part& part) const {
     const int count = heads.count(part.tile);
     const auto seen = [&](int v) {
       const int some = std::min(VL, count - v * VL);
       for (int r = 0; some > 0 && r < n; ++r) {
-        const vf<VL> x = score.template forward<false>(
-            vf<VL>{} + std::numeric_limits<float>::quiet_NaN(), b, h, q0 + row + r,
-            part.tile * BLOCK + v * VL, some);
+        const vf<VL> x = score_of<KIND>(vf<VL>{} + std::numeric_limits<float>::quiet_NaN(),
+                                        q0 + row + r, part.tile * BLOCK + v * VL, some);
         if (!all_masked(first_lanes(x, some))) return true;
       }
       return false;
@@ -174,8 +179,16 @@ struct ForwardTask {
     return both == ~uint64_t(0);
   }
 
+  template <int KIND>
+  vf<VL> score_of(vf<VL> product, int64_t query, int64_t key, int some) const {
+    if constexpr (KIND == OPEN)
+      return score.open(product, b, h, query, key, some);
+    else
+      return score.template forward<KIND == FULL>(product, b, h, query, key, some);
+  }
+
   // Scores in place of products, and the largest of each row in each lane.
-  template <bool FULL>
+  template <int KIND>
   void evaluate(float* s, int64_t row, int n, const Part& part, vf<VL>* high) const {
     const int count = heads.count(part.tile);
     for (int r = 0; r < n; ++r)
@@ -183,10 +196,9 @@ struct ForwardTask {
         const int some = std::min(VL, count - v * VL);
         vf<VL> x = vf<VL>{} - INFINITY;
         if (some > 0)
-          x = first_lanes(
-              score.template forward<FULL>(load<VL>(s + r * BLOCK + v * VL), b, h, q0 + row + r,
-                                           part.tile * BLOCK + v * VL, some),
-              some);
+          x = first_lanes(score_of<KIND>(load<VL>(s + r * BLOCK + v * VL), q0 + row + r,
+                                         part.tile * BLOCK + v * VL, some),
+                          some);
         high[r] = larger<VL>(x, high[r]);
         store<VL>(s + r * BLOCK + v * VL, x);
       }
@@ -211,7 +223,7 @@ struct ForwardTask {
         float* const from = s + t * ROWS * BLOCK + r * BLOCK;
         const auto weight = [&](int v) __attribute__((always_inline)) {
           const vf<VL> x = load<VL>(from + v * VL);
-          const vf<VL> shifted = RAW && parts[t].full
+          const vf<VL> shifted = RAW && parts[t].kind == FULL
                                      ? fma<VL>(x, vf<VL>{} + Score::scale, away)
                                      : x + away;
           vf<VL> w = exp<VL>(shifted);
@@ -241,12 +253,14 @@ struct ForwardTask {
       skipped |= narrow(row, n, part);
       gemm_wide<C>(q + row * Heads::DEPTH, Heads::DEPTH, 1, part.key + part.begin * VL, BLOCK,
                    tile + part.begin * VL, BLOCK, n, part.end - part.begin, Heads::DEPTH, false);
-      if (RAW && part.full)
+      if (RAW && part.kind == FULL)
         largest_products(tile, n, part, products);
-      else if (part.full)
-        evaluate<true>(tile, row, n, part, high);
-      else
-        evaluate<false>(tile, row, n, part, high);
+      else if (part.kind == FULL)
+        evaluate<FULL>(tile, row, n, part, high);
+      else if (part.kind == PARTIAL)
+        evaluate<PARTIAL>(tile, row, n, part, high);
+      else if constexpr (has_open<Score>())
+        evaluate<OPEN>(tile, row, n, part, high);
     }
 
     alignas(64) float base[ROWS], shrink[ROWS] = {};
@@ -300,7 +314,7 @@ struct ForwardTask {
           key = own;
           value = own + Heads::K_SIZE;
         }
-        parts[some++] = {tile, kind == FULL, 0, V, key, value};
+        parts[some++] = {tile, has_open<Score>() || kind != OPEN ? kind : uint8_t(PARTIAL), 0, V, key, value};
       }
       if (some == 0) break;
       for (int row = 0; row < rows; row += ROWS)

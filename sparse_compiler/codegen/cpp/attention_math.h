@@ -23,7 +23,14 @@ struct Attention {
   uint64_t seed;
 };
 
-enum Kind : uint8_t { EMPTY = 0, PARTIAL = 1, FULL = 2 };
+enum Kind : uint8_t { EMPTY = 0, PARTIAL = 1, FULL = 2, OPEN = 3 };
+
+// Whether a score has a form of its own for tiles in which all that leaves decide keeps.
+template <class Score>
+constexpr bool has_open() {
+  if constexpr (requires { Score::has_open; }) return Score::has_open;
+  return false;
+}
 
 // Tiles whose scores are all below DEAD for products within [-S_BOUND, S_BOUND] count as empty.
 constexpr float DEAD = -5000.f, S_BOUND = 4096.f;
