@@ -93,7 +93,7 @@ def assemble(mixture: Mixture, backgrounds: Backgrounds) -> Site:
         assert isinstance(mixture.expert.size, int)
         number = mixture.expert.size
     keep = _kept(mixture, found)
-    region = dying(mixture.node, keep)
+    region = dying(mixture.node, keep | _sized(mixture, found))
     for node in keep:
         if backgrounds.writes.changes(node, mixture.node):
             raise Refused(f"{node.name} is written to in place before the experts are combined")
@@ -206,6 +206,16 @@ def _is_zero(body: Expr, zeros: list[torch.Tensor]) -> bool:
     return not bool(evaluate(body, one, zeros, [], 1, 1, 1, 1).any())
 
 
+def _sized(mixture: Mixture, found: Routed) -> set[fx.Node]:
+    """The nodes whose sizes the operands are made with."""
+    sizes = [
+        size_at(factor.node, dim)
+        for factor in mixture.factors
+        for dim in range(factor.node.meta["val"].dim())
+    ]
+    return found.sized() | {size.node for size in sizes if isinstance(size, Size)}
+
+
 def _kept(mixture: Mixture, found: Routed) -> set[fx.Node]:
     """The nodes that the operands are made of."""
     kept = found.nodes()
@@ -213,9 +223,6 @@ def _kept(mixture: Mixture, found: Routed) -> set[fx.Node]:
         kept |= set(node.all_input_nodes) if is_mutated(node) else {node}
     for factor in mixture.factors:
         kept |= factor.nodes()
-        for node in (factor.node,):
-            sizes = (size_at(node, dim) for dim in range(node.meta["val"].dim()))
-            kept |= {size.node for size in sizes if isinstance(size, Size)}
     for item in mixture.experts:
         kept |= {item.x, *weight_nodes(item)}
     return kept

@@ -47,10 +47,10 @@ class Axis:
             return (self,)
         return tuple(leaf for part in self._parts for leaf in part.leaves())
 
-    def split(self, inner: int) -> None:
-        """Split a leaf into an outer axis and one of size ``inner``."""
-        outer = Axis(self.size // inner, repeated=self.repeated)
-        self._parts = outer, Axis(inner, repeated=self.repeated)
+    def split(self, inner: Any, outer: Any) -> None:
+        """Split a leaf into an outer axis and an inner one, of these sizes."""
+        parts = (Axis(size, repeated=self.repeated) for size in (outer, inner))
+        self._parts = tuple(parts)
 
     def become(self, parts: Sequence[Axis]) -> None:
         """From now on this leaf is these axes, outermost first."""
@@ -66,6 +66,19 @@ def same_size(left: Any, right: Any) -> bool:
     if isinstance(left, int) and isinstance(right, int):
         return left == right
     return bool(statically_known_true(left == right))
+
+
+def _divided(size: Any, by: Any) -> Any:
+    """The quotient of two sizes; None where it is not known to be whole."""
+    if isinstance(size, int) and isinstance(by, int):
+        return size // by if by and size % by == 0 else None
+    if isinstance(by, int) and by == 1:
+        return size
+    quotient = size // by
+    if not isinstance(quotient, int):
+        number = quotient.node.maybe_as_int()
+        quotient = quotient if number is None else number
+    return quotient if same_size(quotient * by, size) else None
 
 
 def fresh(node: fx.Node) -> Layout:
@@ -86,11 +99,6 @@ def unify(left: Sequence[Axis], right: Sequence[Axis]) -> bool:
     """Whether two dimensions are the same index; links the axes of ``right`` to ``left``'s."""
     first, second = list(leaves((tuple(left),))[0]), list(leaves((tuple(right),))[0])
     while first and second:
-        for one, many in ((first, second), (second, first)):
-            sizes = math.prod(axis.size for axis in many)
-            if len(one) == 1 and len(many) > 1 and same_size(one[0].size, sizes):
-                one[0].become(many)
-                return True
         a, b = first.pop(), second.pop()  # innermost first
         if a is b:
             continue
@@ -98,12 +106,14 @@ def unify(left: Sequence[Axis], right: Sequence[Axis]) -> bool:
             b.link(a)
             a.repeated = a.repeated and b.repeated
             continue
+        if _merged(a, b, second) or _merged(b, a, first):
+            continue
         if not (isinstance(a.size, int) and isinstance(b.size, int)):
             return False
         small, large, waiting = (a, b, second) if a.size < b.size else (b, a, first)
         if not small.size or large.size % small.size:
             return False
-        large.split(small.size)
+        large.split(small.size, large.size // small.size)
         outer, inner = large.leaves()
         (second if small is b else first).append(small)
         waiting.extend((outer, inner))
@@ -116,6 +126,18 @@ def aligned(layout: Layout, other: Layout) -> bool:
         return False
     pairs = zip(layout[len(layout) - len(other) :], other, strict=True)
     return all(not theirs or unify(mine, theirs) for mine, theirs in pairs)
+
+
+def _merged(whole: Axis, inner: Axis, outer: list[Axis]) -> bool:
+    """Whether one axis is several of another dimension, ``inner`` and the last of ``outer``."""
+    size = inner.size
+    for count, axis in enumerate(reversed(outer), 1):
+        size = size * axis.size
+        if same_size(whole.size, size):
+            whole.become([*outer[len(outer) - count :], inner])
+            del outer[len(outer) - count :]
+            return True
+    return False
 
 
 _SAME = {
@@ -232,17 +254,16 @@ def regroup(layout: Layout, shape: Sequence[Any]) -> Layout | None:
             axis = waiting.pop()
             have = math.prod(item.size for item in group)
             group.insert(0, axis)
-            if isinstance(axis.size, int) and isinstance(shape[place], int):
-                if not isinstance(have, int) or not have or shape[place] % have:
-                    return None
-                need = shape[place] // have
-                if axis.size > need:
-                    if not need or axis.size % need:
-                        return None
-                    axis.split(need)
-                    outer, inner = axis.leaves()
-                    group[0] = inner
-                    waiting.append(outer)
+            inner = _divided(shape[place], have)
+            if inner is None or same_size(axis.size, inner):
+                continue
+            outside = _divided(axis.size, inner)
+            if outside is not None:
+                axis.split(inner, outside)
+                outer, group[0] = axis.leaves()
+                waiting.append(outer)
+            elif isinstance(axis.size, int) and isinstance(inner, int) and axis.size > inner:
+                return None
         found.append(tuple(group))
     return None if waiting else tuple(reversed(found))
 

@@ -63,6 +63,10 @@ class Routed:
         """The nodes that the ids are made from."""
         return {node for item in self.spots for node in item.nodes()}
 
+    def sized(self) -> set[fx.Node]:
+        """The nodes whose sizes the ids are made with."""
+        return {node for item in self.spots for node in item.sized()}
+
     def ids(self, builder: Builder, shape: Sequence[object]) -> fx.Node:
         """The experts' ids, int64; -1 for one that stands there already.
 

@@ -105,11 +105,15 @@ class Spots:
         return node
 
     def nodes(self) -> set[fx.Node]:
-        """The nodes of the graph that they are made from."""
+        """The nodes of the graph whose values they are made from."""
         found: set[fx.Node] = {self.source}
         fx.node.map_arg([list(args) for _, args in self.steps], found.add)
+        return found
+
+    def sized(self) -> set[fx.Node]:
+        """The nodes of the graph whose sizes they are made with."""
         sizes = [size for _, args in self.steps for arg in args for size in _listed(arg)]
-        return found | {size.node for size in sizes if isinstance(size, Size)}
+        return {size.node for size in sizes if isinstance(size, Size)}
 
 
 def _listed(value: Any) -> tuple[Any, ...]:

@@ -16,7 +16,16 @@ import torch
 from torch import fx
 
 from sparse_compiler.passes.moe.assemble import Factor, Mixture, assemble
-from sparse_compiler.passes.moe.axes import Axis, Layout, aligned, forward, fresh, leaves, unify
+from sparse_compiler.passes.moe.axes import (
+    Axis,
+    Layout,
+    aligned,
+    forward,
+    fresh,
+    keeps_shape,
+    leaves,
+    unify,
+)
 from sparse_compiler.passes.moe.backgrounds import Backgrounds
 from sparse_compiler.passes.moe.expert import DEEP, Experts, Reader, linear_behind
 from sparse_compiler.passes.moe.site import Refusal, Refused, Site
@@ -274,7 +283,10 @@ def _gate(node: fx.Node, at: fx.Node, writes: Writes) -> _Gate:
     first = chain[0] if chain else at
     picked = _picked(base)
     if picked is not None:
-        source, dim, _ = picked
+        source, dim, place = picked
+        while keeps_shape(source):  # gates[:, i] is gates[:][:, i] to some traces
+            source = writes.now(source.args[0], source)  # type: ignore[arg-type]
+        picked = source, dim, place
         key: Any = "picked", source, dim, base.target
     else:
         key = "own", str(base.target)
