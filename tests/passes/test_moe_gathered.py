@@ -262,7 +262,7 @@ def test_moe_gathered_is_refused_with_the_reason(step, sentence):
     assert sentence in reason, reason
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(st.data())
 def test_moe_gathered_any_sizes(data):
     def pick(values):

@@ -407,7 +407,7 @@ def test_moe_grouped_ids_that_a_wide_histogram_would_miscount_are_refused():
     assert_rewritten(Given().double(), x(), ids)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(st.data())
 def test_moe_grouped_any_combination(data):
     def pick(values):
