@@ -25,6 +25,7 @@ from sparse_compiler.ops import moe as _operators  # noqa: F401  registers the o
 from sparse_compiler.passes.attention.example import hint
 from sparse_compiler.passes.base import Pass, Rewrite, module_path
 from sparse_compiler.passes.moe import capacity, dense, gathered, grouped, unrolled
+from sparse_compiler.passes.moe.prepared import prepared
 from sparse_compiler.passes.moe.site import Refusal, Site
 from sparse_compiler.passes.moe.writes import owner
 from sparse_compiler.passes.verify import verifier
@@ -53,6 +54,7 @@ class Moe(Pass):
     name = "moe"
 
     def run(self, gm: fx.GraphModule) -> None:
+        self.context.rewrites.extend(prepared(gm))
         static = StaticValues(gm, training=self.context.training)
         chosen: list[tuple[Site, Rewrite]] = []
         for found in find_sites(gm, static, self._failed):
