@@ -336,6 +336,62 @@ def test_experts_of_three_layers_are_refused() -> None:
     ]
 
 
+def test_biases_of_tokens_are_refused() -> None:
+    class Positions(Base):
+        def __init__(self) -> None:
+            super().__init__()
+            self.position = weight(T, 1, H)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            h = F.gelu(torch.einsum("td,ehd->teh", x, self.up) + self.position)
+            return torch.einsum("teo,te->to", torch.einsum("teh,eoh->teo", h, self.down),
+                                self.gates(x))  # fmt: skip
+
+    (reason,) = refusals(dense.find, Positions(), torch.randn(T, D))
+    assert reason == "an expert adds another bias to each token"
+
+
+def test_axes_of_one_size_are_not_confused() -> None:
+    """As many sequences as tokens in each: only the order of the axes tells them apart."""
+
+    def gated(m: Base, x: torch.Tensor) -> torch.Tensor:
+        h = F.gelu(torch.einsum("bsd,ehd->bseh", x, m.up))
+        y = torch.einsum("bseh,eoh->bseo", h, m.down)
+        return torch.einsum("bseo,bse->bso", y, m.gates(x.transpose(0, 1)))
+
+    def turned(m: Base, x: torch.Tensor) -> torch.Tensor:
+        h = F.gelu(torch.einsum("bsd,ehd->bseh", x, m.up))
+        y = torch.einsum("bseh,eoh->bseo", h, m.down)
+        return torch.einsum("bseo,bse->sbo", y, m.gates(x))
+
+    def crossed(m: Base, x: torch.Tensor) -> torch.Tensor:
+        gate = torch.einsum("bsd,ehd->bseh", x.transpose(0, 1), m.gate)
+        h = F.silu(gate) * torch.einsum("bsd,ehd->bseh", x, m.up)
+        y = torch.einsum("bseh,eoh->bseo", h, m.down)
+        return torch.einsum("bseo,bse->bso", y, m.gates(x))
+
+    x = torch.randn(E, E, D)
+    check(dense.find, Spelled(gated), x)
+    check(dense.find, Spelled(turned), x)
+    assert not any(isinstance(item, Site) for item in found_in(dense.find, Spelled(crossed), x)[1])
+
+
+def test_products_with_sizes_are_read() -> None:
+    class Sized(Base):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return (x * x.shape[0]).sum(0) + (x * x.mean()).sum(0)
+
+    program = torch.export.export(
+        Sized(),
+        (torch.randn(T, D),),
+        dynamic_shapes=({0: torch.export.Dim("T", min=2)},),
+        strict=False,
+    )
+    gm = canonicalize(program)
+    static = StaticValues(gm, training=False)
+    assert [*dense.find(gm, static), *unrolled.find(gm, static)] == []
+
+
 def test_what_is_no_mixture_is_not_mentioned() -> None:
     class Plain(Base):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -263,6 +263,7 @@ SOFT_GATES: dict[str, Gates] = {
     "softmax over the tokens": lambda x: (
         torch.full_like(x, float("-inf")).scatter(1, top(x)[1], top(x)[0]).softmax(0)
     ),
+    "drawn at random": lambda x: torch.bernoulli(torch.full_like(x, 0.5)),
     "something else elsewhere": lambda x: torch.full_like(x, 0.5).scatter(1, top(x)[1], top(x)[0]),
     "a sum": lambda x: scattered(x) + 0.1 * x.softmax(-1),
     "scattered along the tokens": lambda x: torch.zeros_like(x).scatter(

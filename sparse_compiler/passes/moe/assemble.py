@@ -84,6 +84,8 @@ def assemble(mixture: Mixture, backgrounds: Backgrounds) -> Site:
         Refused: its gates are soft, or the operator does not compute it.
     """
     first = mixture.experts[0]
+    if not isinstance(mixture.expert.size, int):
+        raise Refused("the number of its experts is known at run time only")
     factor, found = _routing(mixture, backgrounds)
     _check(mixture)
     tokens = list(leaves((first.tokens,))[0])

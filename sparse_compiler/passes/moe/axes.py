@@ -68,6 +68,12 @@ def same_size(left: Any, right: Any) -> bool:
     return bool(statically_known_true(left == right))
 
 
+def same_shape(left: fx.Node, right: fx.Node) -> bool:
+    """Whether two tensors are known to have one shape."""
+    shapes = [node.meta["val"].shape for node in (left, right)]
+    return len(shapes[0]) == len(shapes[1]) and all(map(same_size, *shapes))
+
+
 def _divided(size: Any, by: Any) -> Any:
     """The quotient of two sizes; None where it is not known to be whole."""
     if isinstance(size, int) and isinstance(by, int):

@@ -134,7 +134,7 @@ class Backgrounds:
                     return None
                 found[name] = background
         call: Any = node.target
-        if call._schema.is_mutable:
+        if call._schema.is_mutable or torch.Tag.nondeterministic_seeded in call.tags:
             return None
         values = {
             name: torch.tensor(item.value, dtype=given[name].meta["val"].dtype)
@@ -195,6 +195,11 @@ class Backgrounds:
         return Background(found.value, tuple(change(item) for item in found.spots))
 
     # What the operators do.
+
+    def _dropout(self, node: fx.Node, dim: int) -> Background | None:
+        """Zeros stay zeros, whatever is dropped."""
+        found = self.of(node.args[0], dim, node)  # type: ignore[arg-type]
+        return found if found is not None and found.value == 0 else None
 
     def _constant(self, node: fx.Node, dim: int) -> Background | None:
         name = str(node.target.overloadpacket.__name__)  # type: ignore[union-attr]
@@ -428,6 +433,7 @@ _RULES: dict[str, Callable[[Backgrounds, fx.Node, int], Background | None]] = {
                      "full_like", "new_full"), Backgrounds._constant),
     **dict.fromkeys(("to", "_to_copy", "type_as"), Backgrounds._cast),
     **dict.fromkeys(("scatter", "scatter_add"), Backgrounds._scatter),
+    "dropout": Backgrounds._dropout,
     "one_hot": Backgrounds._one_hot,
     "eq": Backgrounds._eq,
     **dict.fromkeys(("mul", "multiply"), Backgrounds._mul),

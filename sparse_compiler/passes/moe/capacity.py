@@ -89,7 +89,12 @@ def _is_expert_choice(node: fx.Node, reader: Reader) -> bool:
     if experts is None or experts.x.target is not aten.index.Tensor:
         return False
     indices = arguments(experts.x)["indices"]
-    source, _ = behind_views(indices[0], experts.x, reader.writes)
+    if not isinstance(indices[0], fx.Node):
+        return False
+    try:
+        source, _ = behind_views(indices[0], experts.x, reader.writes)
+    except Refused:
+        return False
     picked = source.args[0] if source.op == "call_function" and source.args else None
     return isinstance(picked, fx.Node) and picked.target is aten.topk.default
 
@@ -149,6 +154,8 @@ class _Reading:
         reader = Slots(self._writes, expert, slots[0], leaves((tuple(counted),))[0])
         terms = reader.read(weights, leaves(layout), chain[0] if chain else combine.node)
         tokens = list(leaves((tuple(tokens),))[0])  # now that views have split them
+        if len(set(tokens)) != len(tokens):
+            raise Refused(UNPROVED)
         for term in terms:
             for part in (term.choice, *term.gates):
                 if not set(part.axes()) <= {*tokens, *leaves((term.rows,))[0], expert}:

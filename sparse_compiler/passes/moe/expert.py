@@ -24,6 +24,7 @@ from sparse_compiler.passes.moe.axes import (
     is_cast,
     is_view,
     leaves,
+    same_shape,
     same_size,
     source_of,
     through,
@@ -302,6 +303,9 @@ class _Reading:
                 return None
         if set(weight.axes()) != {*shared, inside[0], free[0]}:
             return None
+        groups = [(biases, free[0]), *((item.biases, inside[0]) for item in parts)]
+        if any(set(b.axes()) - {*shared, wide} for group, wide in groups for b in group):
+            raise Refused("an expert adds another bias to each token")
         return Experts(
             x=x,
             x_layout=x_layout,
@@ -355,8 +359,7 @@ class _Reading:
             left, right = right, left
         if self._static.is_static(left) or not self._static.is_static(right):
             return None
-        shapes = [item.meta["val"].shape for item in (left, node)]
-        return (left, right) if list(shapes[0]) == list(shapes[1]) else None
+        return (left, right) if same_shape(left, node) else None
 
     def _is_behind_linear(self, node: fx.Node) -> bool:
         """Whether a linear layer is among the operators that a value is made by: a few steps."""
@@ -536,7 +539,7 @@ class _Reading:
             rows, weights = arguments(node)[mine], arguments(node)[other]
             if not isinstance(rows, fx.Node) or not isinstance(weights, fx.Node):
                 continue
-            if list(rows.meta["val"].shape) != list(node.meta["val"].shape):
+            if not same_shape(rows, node):
                 continue
             x, chain = source_of(rows)
             if not any(step.target in _COPIES for step in chain):

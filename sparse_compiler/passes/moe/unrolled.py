@@ -24,6 +24,7 @@ from sparse_compiler.passes.moe.axes import (
     fresh,
     keeps_shape,
     leaves,
+    same_shape,
     unify,
 )
 from sparse_compiler.passes.moe.backgrounds import Backgrounds
@@ -176,7 +177,10 @@ def _is_add(node: fx.Node) -> bool:
         return False
     if not isinstance(right, fx.Node):
         return right == 0
-    return all(list(a.meta["val"].shape) == list(node.meta["val"].shape) for a in (left, right))
+    values = (left.meta.get("val"), right.meta.get("val"))
+    if not all(isinstance(value, torch.Tensor) for value in values):
+        return False
+    return same_shape(left, node) and same_shape(right, node)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -261,7 +265,7 @@ def _term(node: fx.Node, reader: Reader) -> _Term | None:
     if len(weighted.factors) < 2:
         return None
     for place, (item, at) in enumerate(weighted.factors):
-        if list(item.meta["val"].shape) != list(node.meta["val"].shape):
+        if not same_shape(item, node):
             continue
         others = [pair for j, pair in enumerate(weighted.factors) if j != place]
         try:

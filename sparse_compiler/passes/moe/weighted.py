@@ -19,10 +19,12 @@ from sparse_compiler.passes.moe.axes import (
     is_cast,
     is_view,
     leaves,
+    same_shape,
     source_of,
 )
 from sparse_compiler.passes.moe.expert import Experts
 from sparse_compiler.passes.moe.products import read_product
+from sparse_compiler.passes.moe.site import Refused
 from sparse_compiler.passes.moe.writes import Writes
 from sparse_compiler.static import arguments
 
@@ -63,6 +65,8 @@ def factors_of(node: fx.Node, writes: Writes) -> Weighted:
         if isinstance(item, (int, float)):
             scale *= item
             continue
+        if not isinstance(item.meta.get("val"), torch.Tensor):
+            return Weighted(node, (), 1.0)  # a size, say
         now = item if item is reader else writes.now(item, reader)
         given = arguments(now) if now.op == "call_function" else {}
         if now.target in _MULS:
@@ -89,10 +93,13 @@ def sums(gm: fx.GraphModule, read: Read, writes: Writes, spelling: str) -> Itera
         if node.op != "call_function" or node._erased:
             continue
         found = None
-        if node.target is aten.sum.dim_IntList:
-            found = _reduced(node, read, writes, spelling)
-        elif read_product(node) is not None:
-            found = _contracted(node, read, writes, spelling)
+        try:
+            if node.target is aten.sum.dim_IntList:
+                found = _reduced(node, read, writes, spelling)
+            elif read_product(node) is not None:
+                found = _contracted(node, read, writes, spelling)
+        except Refused:  # something is written to through a view: nothing is read there
+            continue
         if found is not None:
             yield found
 
@@ -115,7 +122,7 @@ def _reduced(node: fx.Node, read: Read, writes: Writes, spelling: str) -> Mixtur
         return None
     weighted = factors_of(product, writes)
     for place, (item, reader) in enumerate(weighted.factors):
-        if not _same_shape(item, product):
+        if not same_shape(item, product):
             continue
         results = read(item, reader)
         if results is None:
@@ -159,10 +166,6 @@ def factor_of(node: fx.Node, reader: fx.Node, whole: Layout, writes: Writes) -> 
     if turned is None or not aligned(whole, turned):
         return None
     return Factor(base, layout, chain[0] if chain else reader)
-
-
-def _same_shape(left: fx.Node, right: fx.Node) -> bool:
-    return list(left.meta["val"].shape) == list(right.meta["val"].shape)
 
 
 def _contracted(node: fx.Node, read: Read, writes: Writes, spelling: str) -> Mixture | None:
