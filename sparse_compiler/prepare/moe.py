@@ -135,8 +135,14 @@ class MixtureOfExperts(Preparer):
         return None
 
     def signature(self, module: nn.Module) -> Hashable:
-        """Modules that print alike, too: activations are seen there."""
-        return super().signature(module), str(module)
+        """Modules that print alike, too, where activations are seen, and have equal settings."""
+        settings = tuple(
+            (name, value)
+            for part in module.modules()
+            for name, value in sorted(vars(part).items())
+            if isinstance(value, (bool, int, float, str)) and name != "training"
+        )
+        return super().signature(module), str(module), settings
 
     def _fits(self, module: nn.Module, plan: Plan) -> bool:
         """Whether a plan for another module that looks the same is one for this."""

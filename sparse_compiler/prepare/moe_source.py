@@ -140,9 +140,14 @@ class Source:
         tree.body = _Sweep(live, parameters).block(tree.body)
         for place, (_, text) in edits.items():
             loop = loops[place]
-            later = [item for item in _simple(tree.body) if item.lineno > (loop.end_lineno or 0)]
+            later = [
+                item
+                for part in tree.body
+                for item in ast.walk(part)
+                if isinstance(item, ast.stmt) and item.lineno > (loop.end_lineno or 0)
+            ]
             again = set().union(*map(_defined, later), _defined(_parse(text)))
-            needed = sorted(_defined(loop) & set().union(*map(_loads, later)) - again)
+            needed = sorted(_defined(loop) & set().union(*map(_reads, later)) - again)
             if needed:
                 raise Refused(f"what the loop makes of {', '.join(needed)} is needed behind it")
         return tree
@@ -312,7 +317,9 @@ def _changed(call: ast.Call) -> str | None:
 def _targets(statement: ast.AST) -> list[ast.AST]:
     if isinstance(statement, ast.Assign):
         return list(statement.targets)
-    if isinstance(statement, (ast.AugAssign, ast.AnnAssign, ast.For, ast.NamedExpr)):
+    if isinstance(
+        statement, (ast.AugAssign, ast.AnnAssign, ast.For, ast.NamedExpr, ast.comprehension)
+    ):
         return [statement.target]
     if isinstance(statement, ast.withitem) and statement.optional_vars is not None:
         return [statement.optional_vars]
@@ -352,14 +359,12 @@ def _acts(statement: ast.AST, owner: str) -> str | None:
     return None
 
 
-def _simple(body: list[ast.stmt]) -> Iterator[ast.stmt]:
-    """All statements that hold no others, in order."""
-    for statement in body:
-        blocks = list(_children(statement))
-        if not blocks:
-            yield statement
-        for block in blocks:
-            yield from _simple(block)
+def _reads(statement: ast.stmt) -> set[str]:
+    """What a statement itself reads, without the statements in it."""
+    if not list(_children(statement)):
+        return _loads(statement)
+    heads = [getattr(statement, name, None) for name in ("test", "iter")]
+    return set().union(*map(_loads, [*heads, *getattr(statement, "items", ())]))
 
 
 def _loads(node: ast.AST | None) -> set[str]:

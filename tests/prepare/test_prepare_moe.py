@@ -5,6 +5,8 @@ import pickle
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
@@ -310,3 +312,94 @@ def test_experts_called_by_hand():
     torch.testing.assert_close(routed(model, experts, x, ids, gates), expected)
     whole = routed(model, experts, x[:2], ids[:2, :1])
     torch.testing.assert_close(whole[0], model.down[0] @ F.relu(model.up[0] @ x[0]))
+
+
+class AnyExpert(nn.Module):
+    """Gated or not, with biases or not, first layers apart or in one."""
+
+    def __init__(self, width, hidden, act, gated, bias, together):
+        super().__init__()
+        self.act, self.gated, self.together = act, gated, together
+        self.up = nn.Linear(width, hidden * (2 if together else 1), bias=bias)
+        self.gate = nn.Linear(width, hidden, bias=bias) if gated and not together else None
+        self.down = nn.Linear(hidden, width, bias=bias)
+
+    def forward(self, x):
+        if self.together:
+            gate, up = self.up(x).chunk(2, -1)
+            return self.down(self.act(gate) * up)
+        if self.gate is None:
+            return self.down(self.act(self.up(x)))
+        return self.down(self.up(x) * self.act(self.gate(x)))
+
+
+class Styles(nn.Module):
+    """One mixture, its loop written in one of several ways."""
+
+    def __init__(self, experts, k, width, style, make):
+        super().__init__()
+        self.gate = nn.Linear(width, experts)
+        self.k, self.style, self.count = k, style, experts
+        self.experts = nn.ModuleList(make() for _ in range(experts))
+
+    def forward(self, x):
+        weights, ids = self.gate(x).softmax(-1).topk(self.k, -1)
+        out = torch.zeros_like(x)
+        if self.style == "where":
+            for i, expert in enumerate(self.experts):
+                token, nth = torch.where(ids == i)
+                out[token] += weights[token, nth, None] * expert(x[token])
+        elif self.style == "mask":
+            mask = F.one_hot(ids, self.count).permute(2, 1, 0)
+            for i in range(self.count):
+                nth, token = torch.where(mask[i])
+                out.index_add_(0, token, self.experts[i](x[token]) * weights[token, nth, None])
+        elif self.style == "any":
+            dense = torch.zeros(len(x), self.count, dtype=x.dtype).scatter(1, ids, weights)
+            for i, expert in enumerate(self.experts):
+                chosen = (ids == i).any(-1)
+                if chosen.any():
+                    out[chosen] += expert(x[chosen]) * dense[chosen, i].unsqueeze(-1)
+        else:
+            counts = torch.bincount(ids.flatten(), minlength=self.count).tolist()
+            order = ids.flatten().argsort()
+            pieces = x[order // self.k].split(counts)
+            done = torch.cat([self.experts[i](pieces[i]) for i in range(self.count)])
+            back = torch.empty_like(done)
+            back[order] = done
+            out = (back.view(len(x), self.k, -1) * weights.unsqueeze(-1)).sum(1)
+        return out
+
+
+ACTIVATIONS = [F.silu, F.gelu, F.relu, F.mish, torch.tanh, lambda x: F.relu(x).square()]
+
+
+@settings(max_examples=6)
+@given(
+    experts=st.integers(2, 6),
+    share=st.floats(0, 1),
+    width=st.sampled_from([4, 9, 16]),
+    hidden=st.sampled_from([3, 8, 20]),
+    act=st.sampled_from(ACTIVATIONS),
+    kind=st.sampled_from(["plain", "gated", "together"]),
+    bias=st.booleans(),
+    style=st.sampled_from(["where", "mask", "any", "split"]),
+    tokens=st.integers(1, 12),
+)
+def test_any_mixture(experts, share, width, hidden, act, kind, bias, style, tokens):
+    k = 1 + round(share * (experts - 1))
+    gated, together = kind != "plain", kind == "together"
+    model = Styles(
+        experts, k, width, style, lambda: AnyExpert(width, hidden, act, gated, bias, together)
+    ).double()
+    prepared = prepare(model)
+    assert len(prepared.swapped) == 1, str(prepared)
+    x = torch.randn(tokens, width, dtype=torch.float64, requires_grad=True)
+    leaves = [x, *model.parameters()]
+    expected = model(x)
+    wanted = torch.autograd.grad(expected.square().sum(), leaves, materialize_grads=True)
+    with always_replaced():
+        actual = model(x)
+    found = torch.autograd.grad(actual.square().sum(), leaves, materialize_grads=True)
+    torch.testing.assert_close(actual, expected)
+    torch.testing.assert_close(found, wanted)
