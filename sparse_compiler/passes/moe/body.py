@@ -8,13 +8,13 @@ float and back, which only rounds, is passed.
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import fx
 
+from sparse_compiler.passes.attention.lift_views import schema_name
 from sparse_compiler.passes.moe.site import Refused
 from sparse_compiler.passes.moe.writes import Writes
 from sparse_compiler.passes.pointwise import RULES, Given, Index, NotLiftable, Rule, converted
@@ -118,7 +118,7 @@ class _Body:
         return self._through(node, value.dtype)
 
     def _through(self, node: fx.Node, dtype: torch.dtype) -> Expr:
-        name = _name(node)
+        name = schema_name(node)
         rule = _ACTIVATIONS.get(name) or RULES.get(name)
         if node.op != "call_function" or self._static.is_static(node):
             raise NotLiftable(f"it reads {_origin(node, self._static)}")
@@ -157,7 +157,7 @@ def _number(node: fx.Node, value: Any) -> Expr:
 
 def _literal(node: fx.Node) -> float | None:
     """The one number that all elements of a new tensor are, or None."""
-    name = _name(node)
+    name = schema_name(node)
     if name in ("full", "full_like", "new_full"):
         fill = arguments(node)["fill_value"]
         return fill if isinstance(fill, (bool, int, float)) else None
@@ -166,14 +166,6 @@ def _literal(node: fx.Node) -> float | None:
         return number if isinstance(number, (bool, int, float)) else None
     plain = {"zeros": 0, "zeros_like": 0, "new_zeros": 0, "ones": 1, "ones_like": 1, "new_ones": 1}
     return plain.get(name)
-
-
-def _name(node: fx.Node) -> str:
-    """The operator's name; ``add_`` is ``add``."""
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return "getitem" if node.target is operator.getitem else ""
-    name = node.target._schema.name.split("::")[-1]
-    return name if name.endswith("__") else name.removesuffix("_")
 
 
 def _is_random(node: fx.Node) -> bool:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import sympy
 from torch import fx
 
+from sparse_compiler.passes.attention.lift_views import schema_name
 from sparse_compiler.passes.attention.symbols import sizes_of
-from sparse_compiler.passes.moe.layout import schema_name
 from sparse_compiler.passes.moe.routing import Routing
 from sparse_compiler.static import arguments
 

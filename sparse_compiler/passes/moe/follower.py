@@ -10,6 +10,7 @@ import sympy
 import torch
 from torch import fx
 
+from sparse_compiler.passes.attention.lift_views import schema_name
 from sparse_compiler.passes.attention.products import read_product
 from sparse_compiler.passes.attention.symbols import sizes_of
 from sparse_compiler.passes.moe.layout import (
@@ -19,7 +20,6 @@ from sparse_compiler.passes.moe.layout import (
     Dim,
     Layout,
     follow,
-    schema_name,
     viewed,
 )
 from sparse_compiler.passes.moe.routing import Routing, TokenIndex

@@ -15,6 +15,7 @@ import sympy
 import torch
 from torch import fx
 
+from sparse_compiler.passes.attention.lift_views import schema_name
 from sparse_compiler.passes.attention.products import Product, read_product
 from sparse_compiler.passes.attention.symbols import sizes_of
 from sparse_compiler.passes.moe.body import read_body
@@ -35,7 +36,6 @@ from sparse_compiler.passes.moe.layout import (
     Dim,
     Layout,
     follow,
-    schema_name,
     viewed,
 )
 from sparse_compiler.passes.moe.parts import Parts, bias_of, weight_of

@@ -16,6 +16,7 @@ import sympy
 import torch
 from torch import fx
 
+from sparse_compiler.passes.attention.lift_views import schema_name
 from sparse_compiler.passes.attention.symbols import sizes_of
 from sparse_compiler.passes.moe.body import read_body
 from sparse_compiler.passes.moe.copies import repeated
@@ -29,7 +30,7 @@ from sparse_compiler.passes.moe.follower import (
     gates_of,
     gates_or_ones,
 )
-from sparse_compiler.passes.moe.layout import FEATURES, SAME, Axis, Layout, schema_name
+from sparse_compiler.passes.moe.layout import FEATURES, SAME, Axis, Layout
 from sparse_compiler.passes.moe.parts import Parts, bias_of, weight_of
 from sparse_compiler.passes.moe.regions import region_of
 from sparse_compiler.passes.moe.routing import Routing
@@ -40,6 +41,7 @@ from sparse_compiler.static import StaticValues, arguments
 aten = torch.ops.aten
 
 SPELLING = "grouped_mm"
+_FALLBACK = "transformers::grouped_mm_fallback"
 # Between two grouped products of one mixture there are a few pointwise operators.
 _NEAR = 64
 
@@ -74,7 +76,7 @@ def find(gm: fx.GraphModule, static: StaticValues) -> Iterator[Site | Refusal]:
 
 
 def _is_grouped(node: fx.Node) -> bool:
-    return schema_name(node) in ("_grouped_mm", "grouped_mm_fallback")
+    return schema_name(node) in ("_grouped_mm", _FALLBACK)
 
 
 def _products_near(node: fx.Node) -> set[fx.Node]:
@@ -96,7 +98,7 @@ def _products_near(node: fx.Node) -> set[fx.Node]:
 
 def _operands(routing: Routing, node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node]:
     """Rows [S, D], weight [E, D, columns] and offsets [E] of a grouped product."""
-    fallback = schema_name(node) == "grouped_mm_fallback"
+    fallback = schema_name(node) == _FALLBACK
     names = ("input", "weight", "offs") if fallback else ("self", "mat2", "offs")
     rows, weight, ends = (routing.operand(node, name) for name in names)
     if not all(isinstance(item, fx.Node) for item in (rows, weight, ends)):

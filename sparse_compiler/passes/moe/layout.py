@@ -8,13 +8,13 @@ dimensions at axes, and the features, of which sizes are known, anywhere.
 from __future__ import annotations
 
 import dataclasses
-import operator
 from typing import Any
 
 import sympy
 import torch
 from torch import fx
 
+from sparse_compiler.passes.attention.lift_views import schema_name
 from sparse_compiler.passes.attention.symbols import symbolic
 from sparse_compiler.static import arguments
 
@@ -66,16 +66,6 @@ class Layout:
         """The dimension that is exactly this axis."""
         found = [i for i, dim in enumerate(self.dims) if [axis.name for axis in dim] == [name]]
         return found[0] if found else None
-
-
-def schema_name(node: fx.Node) -> str:
-    """The operator's name without namespace and overload; ``add_`` is ``add``."""
-    if node.target is operator.getitem:
-        return "getitem"
-    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
-        return ""
-    name = str(node.target._schema.name).split("::")[-1]
-    return name if name.endswith("__") else name.removesuffix("_")
 
 
 # The elements of the input, in its order.

@@ -12,8 +12,9 @@ from collections.abc import Callable
 import torch
 from torch import fx
 
+from sparse_compiler.passes.attention.lift_views import schema_name
 from sparse_compiler.passes.moe.body import part
-from sparse_compiler.passes.moe.layout import FEATURES, Layout, follow, schema_name, viewed
+from sparse_compiler.passes.moe.layout import FEATURES, Layout, follow, viewed
 from sparse_compiler.passes.moe.routing import Routing
 from sparse_compiler.passes.moe.site import Make, Refused
 from sparse_compiler.region import Builder

@@ -13,8 +13,9 @@ import sympy
 import torch
 from torch import fx
 
+from sparse_compiler.passes.attention.lift_views import schema_name
 from sparse_compiler.passes.attention.symbols import symbolic
-from sparse_compiler.passes.moe.layout import REGROUPED, SAME, schema_name
+from sparse_compiler.passes.moe.layout import REGROUPED, SAME
 from sparse_compiler.passes.moe.writes import Writes
 from sparse_compiler.static import arguments
 
