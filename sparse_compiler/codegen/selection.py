@@ -45,6 +45,8 @@ _NO_TIME = (
 )
 
 Run = Callable[[], None]
+# Both contestants' runs, and what their times are multiplied by.
+_Race = tuple[list[Run], list[Run], tuple[float, float]]
 
 
 class MeasuringSelector:
@@ -94,71 +96,64 @@ class MeasuringSelector:
         (rows,) = before.rows
         sizes = [before.out_features, before.in_features, after.out_features, after.in_features]
         key = json.dumps(["dense", *sizes, rows, str(before.dtype), before.threads])
-        found = _cache().get(key)
+        found = self._timed(key, lambda: (_random_runs(before), _random_runs(after), (1.0, 1.0)))
         if found is None:
-            if self._budget <= 0:
-                return Comparison(unknown=_NO_TIME)
-            found, seconds = _race(*(_random_runs(problem) for problem in (before, after)))
-            self._budget -= seconds
-            _cache().put(key, found)
+            return Comparison(unknown=_NO_TIME)
         return Comparison(*found, measured=True)
 
     def attend(self, problem: AttentionProblem) -> Decision:
         """See ``Selector``."""
-        key = _attention_key(problem)
-        found = _cache().get(key)
-        if found is None:
-            if self._budget <= 0:
-                return Decision(None, _NO_TIME)
+
+        def runs() -> _Race:
             dense, sparse, *scales = attention_timing.contestants(problem)
-            (before, after), seconds = _race([dense], [sparse])
-            found = before * scales[0], after * scales[1]
-            self._budget -= seconds
-            _cache().put(key, found)
-        ratio = found[0] / found[1]
-        reason = f"measured {ratio:.2f}x at {problem.queries} queries and {problem.keys} keys"
-        if ratio >= self._min_speedup:
-            return Decision("tiles", reason, ratio, *found)
-        why = f"dense is faster or as fast: {reason}, {self._min_speedup:.2f}x is wanted"
-        return Decision(None, why, ratio, *found)
+            return [dense], [sparse], (scales[0], scales[1])
+
+        at = f"at {problem.queries} queries and {problem.keys} keys"
+        return self._decision("tiles", self._timed(_attention_key(problem), runs), at)
 
     def race(
         self, key: str, estimate: tuple[float, float], runs: Callable[[], tuple[Run, Run]]
     ) -> Decision:
         """See ``Selector``."""
-        found = _cache().get(key)
-        if found is None:
-            if self._budget <= 0:
-                return Decision(None, _NO_TIME)
+
+        def both() -> _Race:
             first, second = runs()
-            found, seconds = _race([first], [second])
-            self._budget -= seconds
-            _cache().put(key, found)
-        ratio = found[0] / found[1]
-        if ratio >= self._min_speedup:
-            return Decision("rewritten", f"measured {ratio:.2f}x", ratio, *found)
-        why = f"not faster: measured {ratio:.2f}x, {self._min_speedup:.2f}x is wanted"
-        return Decision(None, why, ratio, *found)
+            return [first], [second], (1.0, 1.0)
+
+        return self._decision("rewritten", self._timed(key, both), "")
 
     def dispatch(self, problem: MoeProblem) -> Decision:
         """See ``Selector``."""
         fields = dataclasses.asdict(dataclasses.replace(problem, dtype=torch.float32))
         key = json.dumps(["moe", str(problem.dtype), *map(str, fields.values())])
-        found = _cache().get(key)
-        if found is None:
-            if self._budget <= 0:
-                return Decision(None, _NO_TIME)
+
+        def runs() -> _Race:
             written, routed, scale = moe_timing.contestants(problem)
-            (before, after), seconds = _race([written], [routed])
-            found = before * scale, after * scale
+            return [written], [routed], (scale, scale)
+
+        return self._decision("routed", self._timed(key, runs), f"at {problem.tokens} tokens")
+
+    def _timed(self, key: str, runs: Callable[[], _Race]) -> tuple[float, float] | None:
+        """Milliseconds of two forms, from the cache or taken now; None if no time is left."""
+        found = _cache().get(key)
+        if found is None and self._budget > 0:
+            first, second, scales = runs()
+            (before, after), seconds = _race(first, second)
+            found = before * scales[0], after * scales[1]
             self._budget -= seconds
             _cache().put(key, found)
-        ratio = found[0] / found[1]
-        reason = f"measured {ratio:.2f}x at {problem.tokens} tokens"
+        return found
+
+    def _decision(self, format: str, times: tuple[float, float] | None, at: str) -> Decision:
+        """The second form if it gains enough."""
+        if times is None:
+            return Decision(None, _NO_TIME)
+        ratio = times[0] / times[1]
+        reason = f"measured {ratio:.2f}x {at}".rstrip()
         if ratio >= self._min_speedup:
-            return Decision("routed", reason, ratio, *found)
+            return Decision(format, reason, ratio, *times)
         why = f"as it is written it is as fast: {reason}, {self._min_speedup:.2f}x is wanted"
-        return Decision(None, why, ratio, *found)
+        return Decision(None, why, ratio, *times)
 
 
 def _attention_key(problem: AttentionProblem) -> str:

@@ -110,17 +110,7 @@ def moe_training(*args: Any, digest: str = "") -> tuple[torch.Tensor, torch.Tens
 
 
 def moe_backward(
-    grad: torch.Tensor,
-    parts: torch.Tensor,
-    x: torch.Tensor,
-    ids: torch.Tensor,
-    gates: torch.Tensor,
-    inner: list[torch.Tensor],
-    inner_bias: list[torch.Tensor],
-    outer: list[torch.Tensor],
-    outer_bias: torch.Tensor | None,
-    *literals: Any,
-    digest: str = "",
+    grad: torch.Tensor, parts: torch.Tensor, *call: Any, digest: str = ""
 ) -> list[torch.Tensor]:
     """The body of ``moe_backward``.
 
@@ -128,22 +118,28 @@ def moe_backward(
         Gradients of x, the gates, each inner weight, each inner bias, each outer weight and, if
         there is one, the outer bias, in this order; each as its tensor, weights as ``grad_like``.
     """
+    _, ids, _, inner, inner_bias, outer, outer_bias, *literals = call
+    wanted = _learned(call)
     with torch.enable_grad():
-        wanted = [x, gates, *inner, *inner_bias, *outer]
-        wanted += [] if outer_bias is None else [outer_bias]
         leaves = [tensor.detach().requires_grad_() for tensor in wanted]
         ends = [2, 2 + len(inner), 2 + len(inner) + len(inner_bias)]
-        call = (
+        again = (
             leaves[0], ids, leaves[1], leaves[2 : ends[1]], leaves[ends[1] : ends[2]],
             leaves[ends[2] : ends[2] + len(outer)], leaves[-1] if outer_bias is not None else None,
         )  # fmt: skip
-        out, _ = _run(*call, *literals)
+        out, _ = _run(*again, *literals)
         # Without any routed pair nothing depends on anything.
         if out.requires_grad:
             found = torch.autograd.grad(out, leaves, grad, materialize_grads=True)
         else:
             found = tuple(map(torch.zeros_like, leaves))
     return [grad_like(leaf).copy_(value) for leaf, value in zip(wanted, found, strict=True)]
+
+
+def _learned(call: tuple[Any, ...]) -> list[torch.Tensor]:
+    """The tensors of a call that get gradients, in the order of their gradients."""
+    x, _, gates, inner, inner_bias, outer, outer_bias, *_ = call
+    return [x, gates, *inner, *inner_bias, *outer, *([] if outer_bias is None else [outer_bias])]
 
 
 def rows(tensor: torch.Tensor) -> torch.Tensor:
@@ -169,55 +165,23 @@ def _result(x: torch.Tensor, outer: list[torch.Tensor]) -> torch.Tensor:
 
 
 @torch.library.register_fake("sparse_compiler::moe")
-def _fake_moe(
-    x: torch.Tensor,
-    ids: torch.Tensor,
-    gates: torch.Tensor,
-    inner: list[torch.Tensor],
-    inner_bias: list[torch.Tensor],
-    outer: list[torch.Tensor],
-    *args: Any,
-    digest: str = "",
-) -> torch.Tensor:
-    return _result(x, outer)
+def _fake_moe(*call: Any, digest: str = "") -> torch.Tensor:
+    return _result(call[0], call[5])
 
 
 @torch.library.register_fake("sparse_compiler::moe_training")
-def _fake_moe_training(
-    x: torch.Tensor,
-    ids: torch.Tensor,
-    gates: torch.Tensor,
-    inner: list[torch.Tensor],
-    inner_bias: list[torch.Tensor],
-    outer: list[torch.Tensor],
-    outer_bias: torch.Tensor | None,
-    body: str,
-    experts: int,
-    *args: Any,
-    digest: str = "",
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _fake_moe_training(*call: Any, digest: str = "") -> tuple[torch.Tensor, torch.Tensor]:
+    x, ids, _, inner, _, outer, _, _, experts, *_ = call
     number = len(inner) if inner[0].dim() == 3 else len(inner) // experts
-    rows = ids.shape[0] * ids.shape[1]
-    return _result(x, outer), x.new_empty(number, rows, inner[0].shape[-2])
+    kept = x.new_empty(number, ids.shape[0] * ids.shape[1], inner[0].shape[-2])
+    return _result(x, outer), kept
 
 
 @torch.library.register_fake("sparse_compiler::moe_backward")
 def _fake_moe_backward(
-    grad: torch.Tensor,
-    parts: torch.Tensor,
-    x: torch.Tensor,
-    ids: torch.Tensor,
-    gates: torch.Tensor,
-    inner: list[torch.Tensor],
-    inner_bias: list[torch.Tensor],
-    outer: list[torch.Tensor],
-    outer_bias: torch.Tensor | None,
-    *args: Any,
-    digest: str = "",
+    grad: torch.Tensor, parts: torch.Tensor, *call: Any, digest: str = ""
 ) -> list[torch.Tensor]:
-    wanted = [x, gates, *inner, *inner_bias, *outer]
-    wanted += [] if outer_bias is None else [outer_bias]
-    return [grad_like(tensor) for tensor in wanted]
+    return [grad_like(tensor) for tensor in _learned(call)]
 
 
 def _save(
