@@ -109,7 +109,8 @@ def gradients(function, model, tokens):
 
 def assert_close(got, want, dtype, least=0.0):
     """Relative to the largest value, or to ``least``: some gradients are nothing but rounding."""
-    bound = 1e-4 if dtype is torch.float32 else 5e-2
+    # A router's gradient is a difference of what each model rounds to bfloat16 in its own way.
+    bound = 1e-4 if dtype is torch.float32 else 5e-2 if least == 0 else 1.5e-1
     scale = max(least, float(want.abs().max()))
     torch.testing.assert_close(got.float() / scale, want.float() / scale, rtol=0, atol=bound)
 
