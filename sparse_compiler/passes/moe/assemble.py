@@ -117,7 +117,7 @@ def assemble(mixture: Mixture, backgrounds: Backgrounds) -> Site:
 
     return Site(
         node=mixture.node,
-        region=movable(region, backgrounds.mutated),
+        region=movable(region),
         spelling=mixture.spelling,
         form=mixture.form,
         x=x,
@@ -254,23 +254,23 @@ def dying(node: fx.Node, kept: Iterable[fx.Node]) -> frozenset[fx.Node]:
     return frozenset(region)
 
 
-def movable(region: frozenset[fx.Node], mutated: set[fx.Node]) -> frozenset[fx.Node]:
+def movable(region: frozenset[fx.Node]) -> frozenset[fx.Node]:
     """The part of a dying region that can be replaced in one step; the rest is dead then.
 
-    Views of what lives on, and is written to in place, stay; so does what comes before the last
-    write to something that the region reads.
+    Views of what lives on are left out (whether it is written to is looked up once for each node of
+    the region, through all its views); so is what comes before the last write to something that
+    the region reads.
     """
     kept: set[fx.Node] = set()
     for node in sorted(region):
-        if node in mutated and any(source not in kept for source in aliased_inputs(node)):
+        if any(source not in kept for source in aliased_inputs(node)):
             continue
         kept.add(node)
     inputs = {source for node in kept for source in node.all_input_nodes} - kept
     first = min(kept)
     late = [
         writer
-        for node in inputs
-        for alias in with_aliases([node])
+        for alias in with_aliases(inputs)
         for writer in alias.users
         if alias in writes_to(writer) and first < writer < max(kept) and writer not in kept
     ]

@@ -229,7 +229,7 @@ class _Reading:
         choices = sum(_width(term) for term in terms)
         return Site(
             node=mixture.node,
-            region=movable(region, self._backgrounds.mutated),
+            region=movable(region),
             spelling=_SPELLING,
             form="capacity",
             x=lambda builder: arrange(
