@@ -91,10 +91,10 @@ void moe_backward(const Moe<E>& m, const MoeGrad<E>& g, const Body& body, int th
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     const Scratch tile_memory =
-        scratch((M_BLOCK * N_BLOCK + 2 * ROWS_AT_ONCE * TILE + TILE * TILE) * 4);
+        scratch((M_BLOCK * C_BLOCK + 2 * ROWS_AT_ONCE * TILE + TILE * TILE) * 4);
     const Scratch slab_memory = scratch(slab_elements<E>() * int64_t(sizeof(T)));
     float* const tile = (float*)tile_memory.get();
-    float* const factors = tile + M_BLOCK * N_BLOCK;
+    float* const factors = tile + M_BLOCK * C_BLOCK;
     T* const slab = (T*)slab_memory.get();
     const T* from[M_BLOCK];
 
@@ -102,7 +102,7 @@ void moe_backward(const Moe<E>& m, const MoeGrad<E>& g, const Body& body, int th
       for (int64_t s = routing.start[e]; s < routing.start[e + 1]; s += M_BLOCK) {
         const int count = int(std::min<int64_t>(M_BLOCK, routing.start[e + 1] - s));
         for (int r = 0; r < count; ++r) from[r] = grad_row(s + r);
-        multiply<E>(from, count, m.outer[e].turned(), n0, n1, O, tile, N_BLOCK, false, slab);
+        multiply<E>(from, count, m.outer[e].turned(), n0, n1, O, tile, C_BLOCK, false, slab);
         for (int r = 0; r < count; ++r) {
           const int64_t pair = routing.order[s + r];
           const float gate = m.gates_on_input ? 1.f : m.gates[pair];
@@ -112,7 +112,7 @@ void moe_backward(const Moe<E>& m, const MoeGrad<E>& g, const Body& body, int th
             load_some(values[p], g.parts + (p * all + pair) * I + n0, int(n1 - n0));
           for (int n = 0; n < n1 - n0; n += VL) {
             const vf<VL> a = load<VL>(values[0] + n), b = load<VL>(values[1] + n);
-            vf<VL> dh = load<VL>(tile + r * N_BLOCK + n);
+            vf<VL> dh = load<VL>(tile + r * C_BLOCK + n);
             dh = lanes() < int32_t(n1 - n0 - n) ? dh : vf<VL>{};
             const vf<VL> now = body.forward(a, b);
             dot = fma<VL>(dh, lanes() < int32_t(n1 - n0 - n) ? now : vf<VL>{}, dot);
@@ -149,13 +149,13 @@ void moe_backward(const Moe<E>& m, const MoeGrad<E>& g, const Body& body, int th
         const int count = int(std::min<int64_t>(M_BLOCK, routing.start[e + 1] - s));
         for (int p = 0; p < P; ++p) {
           for (int r = 0; r < count; ++r) from[r] = slopes + (p * pairs + s + r) * ld;
-          multiply<E>(from, count, m.inner[p * m.experts + e].turned(), n0, n1, I, tile, N_BLOCK,
+          multiply<E>(from, count, m.inner[p * m.experts + e].turned(), n0, n1, I, tile, C_BLOCK,
                       p > 0, slab);
         }
         for (int r = 0; r < count; ++r) {
           const int64_t pair = routing.order[s + r];
           const float gate = m.gates_on_input ? m.gates[pair] : 1.f;
-          float* const dx = tile + r * N_BLOCK;
+          float* const dx = tile + r * C_BLOCK;
           if (m.gates_on_input)
             gate_sums[(s + r) * x_pieces + n0 / N_BLOCK] = dot_of(dx, m.row(pair) + n0, n1 - n0);
           for (int n = 0; n < n1 - n0; n += VL) store<VL>(dx + n, load<VL>(dx + n) * gate);

@@ -22,7 +22,7 @@ void moe_chunk(const Moe<E>& m, const Body& body, int64_t t0, int64_t t1, typena
   float* const rows = (float*)rows_memory.get();
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-    const Scratch tile_memory = scratch(M_BLOCK * P * N_BLOCK * 4);
+    const Scratch tile_memory = scratch(M_BLOCK * P * C_BLOCK * 4);
     const Scratch slab_memory = scratch(slab_elements<E>() * int64_t(sizeof(T)));
     float* const tile = (float*)tile_memory.get();
     T* const slab = (T*)slab_memory.get();
@@ -33,7 +33,7 @@ void moe_chunk(const Moe<E>& m, const Body& body, int64_t t0, int64_t t1, typena
         for (int r = 0; r < count; ++r) from[r] = m.row(routing.order[s + r]);
         for (int p = 0; p < P; ++p)
           multiply<E>(from, count, m.inner[p * m.experts + e], n0, n1, m.features,
-                      tile + p * N_BLOCK, P * N_BLOCK, false, slab);
+                      tile + p * C_BLOCK, P * C_BLOCK, false, slab);
         float bias[P][N_BLOCK] = {};
         for (int p = 0; p < P; ++p)
           if (m.inner_bias[p])
@@ -45,7 +45,7 @@ void moe_chunk(const Moe<E>& m, const Body& body, int64_t t0, int64_t t1, typena
           for (int n = 0; n < n1 - n0; n += VL) {
             vf<VL> values[2] = {};
             for (int p = 0; p < P; ++p) {
-              float* const at = tile + (r * P + p) * N_BLOCK + n;
+              float* const at = tile + (r * P + p) * C_BLOCK + n;
               values[p] = fma<VL>(load<VL>(at), vf<VL>{} + scale, load<VL>(bias[p] + n));
               store<VL>(at, values[p]);
             }
@@ -55,7 +55,7 @@ void moe_chunk(const Moe<E>& m, const Body& body, int64_t t0, int64_t t1, typena
           if (parts)
             for (int p = 0; p < P; ++p)
               store_some(parts + (p * m.tokens * m.choices + pair) * I + n0,
-                         tile + (r * P + p) * N_BLOCK, int(n1 - n0));
+                         tile + (r * P + p) * C_BLOCK, int(n1 - n0));
         }
       }
     });
@@ -66,10 +66,10 @@ void moe_chunk(const Moe<E>& m, const Body& body, int64_t t0, int64_t t1, typena
       for (int64_t s = routing.start[e]; s < routing.start[e + 1]; s += M_BLOCK) {
         const int count = int(std::min<int64_t>(M_BLOCK, routing.start[e + 1] - s));
         for (int r = 0; r < count; ++r) from[r] = hidden + (s + r) * hidden_ld;
-        multiply<E>(from, count, m.outer[e], n0, n1, I, tile, N_BLOCK, false, slab);
+        multiply<E>(from, count, m.outer[e], n0, n1, I, tile, C_BLOCK, false, slab);
         for (int r = 0; r < count; ++r) {
           const float gate = m.gates_on_input ? 1.f : m.gates[routing.order[s + r]];
-          float* const result = tile + r * N_BLOCK;
+          float* const result = tile + r * C_BLOCK;
           for (int n = 0; n < n1 - n0; n += VL)
             store<VL>(result + n, (load<VL>(result + n) + load<VL>(bias + n)) * gate);
           store_some(rows + (s + r) * O + n0, result, int(n1 - n0));

@@ -18,13 +18,18 @@ struct Matrix {
 constexpr int N_BLOCK = 48;          // rows of w that make a task
 constexpr int64_t K_BLOCK = 1024;    // units
 constexpr int FEW_ROWS = 4;
+constexpr int C_PADDING = 16;
+constexpr int C_BLOCK = N_BLOCK + C_PADDING;
 
 template <class E>
 constexpr int64_t slab_elements() {
   return N_BLOCK * (K_BLOCK + VL) * E::per_unit;
 }
 
-// sums[r * C + j] = a[r] . b[j]; meanwhile `ahead`, the rows that are next in b's place, are asked
+// Columns of sums that a row of a tile takes: C, or the next power of two.
+constexpr int padded_columns(int C) { return C <= 2 ? 2 : C <= 4 ? 4 : 8; }
+
+// sums[r * padded_columns(C) + j] = a[r] . b[j]; meanwhile `ahead`, the rows that are next in b's place, are asked
 // for, which the processor does not see coming: they lie on other pages.
 template <class E, int R, int C, bool AHEAD>
 __attribute__((noinline)) void dot_block(const typename E::T* const* a,
@@ -32,7 +37,7 @@ __attribute__((noinline)) void dot_block(const typename E::T* const* a,
                                          const typename E::T* const* ahead, int64_t K,
                                          float* sums) {
   using T = typename E::T;
-  constexpr int STEP = VL * E::per_unit, GROUPS = (R * C + 15) / 16;
+  constexpr int STEP = VL * E::per_unit, W = padded_columns(C), GROUPS = (R * W + 15) / 16;
   vf<VL> acc[GROUPS * 16] = {};
   int64_t k = 0;
   for (; k + STEP <= K; k += STEP) {
@@ -45,7 +50,7 @@ __attribute__((noinline)) void dot_block(const typename E::T* const* a,
     for (int r = 0; r < R; ++r) {
       const vf<VL> x = load<VL>(a[r] + k);
 #pragma GCC unroll 16
-      for (int j = 0; j < C; ++j) acc[r * C + j] = mac<E, VL>(x, bs[j], acc[r * C + j]);
+      for (int j = 0; j < C; ++j) acc[r * W + j] = mac<E, VL>(x, bs[j], acc[r * W + j]);
     }
   }
   if (k < K) {
@@ -54,7 +59,7 @@ __attribute__((noinline)) void dot_block(const typename E::T* const* a,
       std::memcpy(tail[i], (i < R ? a[i] : b[i - R]) + k, size_t(K - k) * sizeof(T));
     for (int r = 0; r < R; ++r)
       for (int j = 0; j < C; ++j)
-        acc[r * C + j] = mac<E, VL>(load<VL>(tail[r]), load<VL>(tail[R + j]), acc[r * C + j]);
+        acc[r * W + j] = mac<E, VL>(load<VL>(tail[r]), load<VL>(tail[R + j]), acc[r * W + j]);
   }
   for (int g = 0; g < GROUPS; ++g) reduce16(acc + 16 * g, sums + 16 * g);
 }
@@ -99,7 +104,8 @@ void copy_block(Matrix<E> w, int64_t n0, int64_t n1, int64_t k0, int64_t k1, typ
     }
 }
 
-// Columns [n0, n1), at most N_BLOCK, of `rows` rows; `add` keeps what is in c.
+// Columns [n0, n1), at most N_BLOCK, of `rows` rows; `add` keeps what is in c. Rows of c have room for
+// C_PADDING more columns, which are overwritten.
 template <class E>
 void multiply(const typename E::T* const* a, int rows, Matrix<E> w, int64_t n0, int64_t n1,
               int64_t K, float* c, int64_t ldc, bool add, typename E::T* slab) {
@@ -138,7 +144,8 @@ void multiply(const typename E::T* const* a, int rows, Matrix<E> w, int64_t n0, 
       for (int j0 = 0; j0 < columns; j0 += C) {
         const T* y[C];
         for (int j = 0; j < C; ++j) y[j] = columns_of[std::min(j0 + j, columns - 1)];
-        float sums[(R * C + 15) / 16 * 16];
+        constexpr int W = padded_columns(C);
+        alignas(64) float sums[(R * W + 15) / 16 * 16];
         if (r0 == 0 && w.k_stride == 1) {
           const T* next[C];
           for (int j = 0; j < C; ++j) next[j] = y[j] + C * w.n_stride;
@@ -146,11 +153,12 @@ void multiply(const typename E::T* const* a, int rows, Matrix<E> w, int64_t n0, 
         } else {
           dot_block<E, R, C, false>(x, y, y, k1 - k0, sums);
         }
-        for (int r = 0; r < std::min(R, rows - r0); ++r)
-          for (int j = 0; j < std::min(C, columns - j0); ++j) {
-            float* const to = c + (r0 + r) * ldc + j0 + j;
-            *to = sums[r * C + j] + (keep ? *to : 0.f);
-          }
+        // Whole vectors: behind the C columns are zeros, which change nothing that is kept.
+        for (int r = 0; r < std::min(R, rows - r0); ++r) {
+          float* const to = c + (r0 + r) * ldc + j0;
+          const vf<W> sum = load<W>(sums + r * W);
+          store<W>(to, keep ? sum + load<W>(to) : sum);
+        }
       }
       return r0 + R;
     };
