@@ -71,8 +71,7 @@ Routing route(const Moe<E>& m, int64_t first, int64_t last, int threads) {
   return found;
 }
 
-// Rows of an expert that are multiplied together, and the pieces that a width is cut into.
-constexpr int M_BLOCK = 128;
+// The pieces that a width is cut into.
 inline int64_t blocks_of(int64_t width) { return (width + N_BLOCK - 1) / N_BLOCK; }
 
 // body(expert, n0, n1) for every expert that has rows and every block of `width` columns, on all

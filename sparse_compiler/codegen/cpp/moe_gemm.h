@@ -4,7 +4,9 @@
 // of a and C rows of w are multiplied vector by vector along k, R x C sums in registers, K_BLOCK
 // units at a time so that R rows of a stay in L1 while the block of w, which all rows use, stays
 // in L2. Up to 4 rows one row of w at a time is streamed past them (dense.h): that is as fast as
-// memory. Any other w is copied to a slab [n][k], in L2, a block at a time.
+// memory. Any other w is copied to a slab in L2 a block at a time: [n][k], or, where there are rows
+// enough, [k][n], whose products need no sums across lanes; so are short rows of w, of which those
+// sums are a large part.
 namespace sc {
 
 // Element (n, k) is data[n * n_stride + k * k_stride].
@@ -15,15 +17,18 @@ struct Matrix {
   Matrix turned() const { return {data, k_stride, n_stride}; }
 };
 
+constexpr int M_BLOCK = 128;         // rows of a that are multiplied together
 constexpr int N_BLOCK = 48;          // rows of w that make a task
 constexpr int64_t K_BLOCK = 1024;    // units
 constexpr int FEW_ROWS = 4;
+constexpr int OUTER_ROWS = 48;
+constexpr int64_t OUTER_UNITS = 512;
 constexpr int C_PADDING = 16;
 constexpr int C_BLOCK = N_BLOCK + C_PADDING;
 
 template <class E>
 constexpr int64_t slab_elements() {
-  return N_BLOCK * (K_BLOCK + VL) * E::per_unit;
+  return (N_BLOCK + M_BLOCK) * (K_BLOCK + VL) * E::per_unit;
 }
 
 // Columns of sums that a row of a tile takes: C, or the next power of two.
@@ -104,6 +109,68 @@ void copy_block(Matrix<E> w, int64_t n0, int64_t n1, int64_t k0, int64_t k1, typ
     }
 }
 
+// units[k][n] = w(n0 + n, k0 + k), rows of N_BLOCK; columns past n1 are 0.
+template <class E>
+void copy_block_turned(Matrix<E> w, int64_t n0, int64_t n1, int64_t k0, int64_t k1, float* units) {
+  using T = typename E::T;
+  constexpr int U = E::per_unit;
+  const int64_t depth = (k1 - k0 + U - 1) / U;
+  alignas(64) float block[VL][VL];
+  for (int64_t n = 0; n < N_BLOCK; n += VL) {
+    const int some = int(std::clamp<int64_t>(n1 - n0 - n, 0, VL));
+    const T* const column = w.data + (n0 + n) * w.n_stride + k0 * w.k_stride;
+    if (some == VL && w.k_stride == 1) {
+      int64_t k = 0;
+      for (; k + VL <= (k1 - k0) / U; k += VL) {
+        transpose<VL>((const char*)(column + k * U), w.n_stride * int64_t(sizeof(T)), VL - 1,
+                      (char*)block, sizeof(block[0]));
+        for (int i = 0; i < VL; ++i)
+          std::memcpy(units + (k + i) * N_BLOCK + n, block[i], sizeof(block[i]));
+      }
+      for (; k < depth; ++k)
+        for (int i = 0; i < VL; ++i) {
+          const size_t bytes = sizeof(T) * size_t(std::min<int64_t>(U, k1 - k0 - k * U));
+          float unit = 0.f;
+          std::memcpy(&unit, column + i * w.n_stride + k * U, bytes);
+          units[k * N_BLOCK + n + i] = unit;
+        }
+      continue;
+    }
+    for (int64_t k = 0; k < depth; ++k) {
+      vu<VL> unit = {};
+      if (some > 0) {
+        const T* const from = column + k * U * w.k_stride;
+        const T* const next = k0 + k * U + 1 < k1 ? from + w.k_stride : nullptr;
+        unit = column_units(from, next, w.n_stride, some);
+      }
+      store<VL>(units + k * N_BLOCK + n, (vf<VL>)unit);
+    }
+  }
+}
+
+// `rows` rows of a, elements [k0, k1), as rows of `ld` units; a missing half of a pair is 0.
+template <class E>
+void copy_rows(const typename E::T* const* a, int rows, int64_t k0, int64_t k1, float* to,
+               int64_t ld) {
+  for (int r = 0; r < rows; ++r, to += ld) {
+    if ((k1 - k0) % E::per_unit) to[ld - 1] = 0.f;
+    std::memcpy(to, a[r] + k0, size_t(k1 - k0) * sizeof(**a));
+  }
+}
+
+template <class E>
+constexpr int64_t units_in(int64_t elements) {
+  return (elements + E::per_unit - 1) / E::per_unit;
+}
+
+// Whether the block of w is better turned, so that whole vectors of columns are summed: for weights
+// that lie so, and where rows are many and short, because sums along k are costly to finish.
+template <class E>
+inline bool outer_form(int rows, Matrix<E> w, int64_t K) {
+  if (SC_ISA != 512) return false;
+  return w.k_stride != 1 ? rows >= 8 : rows >= OUTER_ROWS && units_in<E>(K) <= OUTER_UNITS;
+}
+
 // Columns [n0, n1), at most N_BLOCK, of `rows` rows; `add` keeps what is in c. Rows of c have room for
 // C_PADDING more columns, which are overwritten.
 template <class E>
@@ -129,6 +196,18 @@ void multiply(const typename E::T* const* a, int rows, Matrix<E> w, int64_t n0, 
   constexpr int64_t BLOCK_K = K_BLOCK * E::per_unit, STEP = VL * E::per_unit;
   const int64_t blocks = (K + BLOCK_K - 1) / BLOCK_K;
   const int64_t depth = (K + blocks * STEP - 1) / (blocks * STEP) * STEP, ld = depth + STEP;
+  if (outer_form<E>(rows, w, K)) {
+    for (int64_t k0 = 0; k0 < K; k0 += depth) {
+      const int64_t k1 = std::min(K, k0 + depth), units = units_in<E>(k1 - k0);
+      float* const b = (float*)slab;
+      float* const x = b + N_BLOCK * K_BLOCK;
+      copy_block_turned<E>(w, n0, n1, k0, k1, b);
+      copy_rows<E>(a, rows, k0, k1, x, units);
+      gemm_rows<E, WIDE ? 8 : 4, N_BLOCK / VL>(x, units, 1, b, N_BLOCK, c, ldc, rows, int(units),
+                                               add || k0 > 0);
+    }
+    return;
+  }
   const T* columns_of[N_BLOCK];
   for (int64_t k0 = 0; k0 < K; k0 += depth) {
     const int64_t k1 = std::min(K, k0 + depth);
