@@ -19,7 +19,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from sparse_compiler.errors import RegionError
-from sparse_compiler.static import is_mutated, with_aliases, writes_to
+from sparse_compiler.static import is_written, with_aliases, writes_to
 
 
 def region_graph(graph: fx.Graph) -> nx.DiGraph:
@@ -108,8 +108,13 @@ class Region:
         """
         if not self.is_convex():
             return "a path leaves the region and comes back to it"
+        seen: set[fx.Node] = set()
         for node in self.nodes:
-            if is_mutated(node) and not (fresh and self._owns(node)):
+            if node in seen:
+                continue
+            shared = with_aliases([node])
+            seen |= shared  # of nodes that share storage one is asked for all
+            if is_written(shared) and not (fresh and self._owns(shared)):
                 return f"{node.name} is written to in place"
         written = self._written_within()
         if written:
@@ -120,9 +125,8 @@ class Region:
                     return f"{user.name} needs {output.name} before the region ends"
         return None
 
-    def _owns(self, node: fx.Node) -> bool:
-        """Whether a node's storage is only shared or written to in the region, or after it."""
-        shared = with_aliases([node])
+    def _owns(self, shared: set[fx.Node]) -> bool:
+        """Whether a storage is only shared or written to in the region, or after it."""
         writers = {user for alias in shared for user in alias.users if alias in writes_to(user)}
         inside = set(self.nodes)
         return all(item in inside or item > self.nodes[-1] for item in shared | writers)

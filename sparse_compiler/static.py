@@ -199,7 +199,12 @@ def mutated_nodes(graph: fx.Graph) -> set[fx.Node]:
 
 def is_mutated(node: fx.Node) -> bool:
     """Whether the node is among ``mutated_nodes``: looks at its aliases only, not at the graph."""
-    return any(alias in writes_to(u) for alias in with_aliases([node]) for u in alias.users)
+    return is_written(with_aliases([node]))
+
+
+def is_written(shared: Iterable[fx.Node]) -> bool:
+    """Whether an operator writes to one of these nodes."""
+    return any(node in writes_to(user) for node in shared for user in node.users)
 
 
 def with_aliases(nodes: Iterable[fx.Node]) -> set[fx.Node]:
