@@ -271,7 +271,14 @@ SOFT_GATES: dict[str, Gates] = {
     ),
     "written to afterwards": lambda x: scattered(x).add_(0.25),
     "a part written to": lambda x: _with_first_column(scattered(x)),
+    "numbers of experts, one of them written to": lambda x: _compared_with(x, torch.arange(E)),
+    "numbers of experts as bool": lambda x: (top(x)[1][..., None] == torch.arange(E).bool()).sum(1),
 }
+
+
+def _compared_with(logits: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+    numbers[0] = E - 1
+    return (top(logits)[1][..., None] == numbers).sum(1)
 
 
 def _with_first_column(gates: torch.Tensor) -> torch.Tensor:

@@ -265,13 +265,17 @@ class Backgrounds:
         dtype = ids.meta["val"].dtype
         return dtype in (torch.int64, torch.int32) and self.settled(ids, at) is ids
 
-    @staticmethod
-    def _counts(node: fx.Node, at: fx.Node, dim: int) -> bool:
+    def _counts(self, node: fx.Node, at: fx.Node, dim: int) -> bool:
         """Whether a node is 0, 1, 2, ... along ``dim`` of ``at`` and depends on nothing else."""
         shape = node.meta["val"].shape
         place = dim - (at.meta["val"].dim() - len(shape))
-        while is_view(node) or is_cast(node):
-            node = node.args[0]  # type: ignore[assignment]
+        reader = at
+        while True:
+            if self.settled(node, reader) is not node:  # it counted once
+                return False
+            if not (is_view(node) or (is_cast(node) and _counts_on(node))):
+                break
+            node, reader = node.args[0], node  # type: ignore[assignment]
         whole = place >= 0 and all(same_size(size, 1) for j, size in enumerate(shape) if j != place)
         if (
             not whole
@@ -398,6 +402,11 @@ class Backgrounds:
         place = given["dim"] % source.meta["val"].dim()
         found = self.of(source, dim + (place <= dim), node)
         return self._each(found, lambda item: item.select(place, given["index"]))
+
+
+def _counts_on(node: fx.Node) -> bool:
+    """Whether numbers of experts stay what they are in a conversion."""
+    return node.meta["val"].dtype in (torch.int64, torch.int32, torch.float32, torch.float64)
 
 
 def _put(shape: Sequence[int | Size], dim: int, size: int) -> list[int | Size]:
