@@ -14,6 +14,8 @@ from moe_sites import ROUTED, apply, check, compare, found_in, refusals, the_sit
 from torch import nn
 
 from sparse_compiler.canonical import canonicalize
+from sparse_compiler.formats.cost import AlwaysSelector
+from sparse_compiler.passes import Moe, PassContext
 from sparse_compiler.passes.moe import unrolled
 from sparse_compiler.static import StaticValues
 
@@ -379,3 +381,19 @@ def test_residual_layers_are_no_mixture() -> None:
             return x + self.shared(x) * self.router(x).sum(-1, keepdim=True)
 
     assert found_in(unrolled.find, Plain(), torch.randn(T, D))[1] == []
+
+
+def test_a_mixture_that_the_model_adds_up_is_named_after_its_experts() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = Spelled(stacked), Spelled(stacked)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.second(self.first(x))
+
+    for model, names in ((Spelled(stacked), ["experts"]), (Net(), ["first", "second"])):
+        graph = canonicalize(model.double().eval(), torch.randn(5, D, dtype=torch.float64))
+        context = PassContext(selector=AlwaysSelector())
+        Moe(context)(graph)
+        assert [rewrite.target for rewrite in context.rewrites] == names

@@ -14,6 +14,7 @@ they lie.
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Callable, Iterator
 
@@ -58,7 +59,7 @@ class Moe(Pass):
         static = StaticValues(gm, training=self.context.training)
         chosen: list[tuple[Site, Rewrite]] = []
         for found in find_sites(gm, static, self._failed):
-            rewrite = Rewrite(self.name, module_path(found.node, found.node.name))
+            rewrite = Rewrite(self.name, _target(found))
             rewrite.spelling = found.spelling
             self.context.rewrites.append(rewrite)
             if isinstance(found, Refusal):
@@ -163,6 +164,17 @@ class Moe(Pass):
             verify=verifier(gm, static, self.context, rewrite.target) if alike else None,
             fresh=True,
         )
+
+
+def _target(found: Site | Refusal) -> str:
+    """The module of the result; of one that the model itself adds up, what its experts share."""
+    path = module_path(found.node, "")
+    if path or isinstance(found, Refusal):
+        return path or found.node.name
+    paths = {module_path(node, "") for node in found.region} - {""}
+    levels = zip(*(inside.split(".") for inside in paths), strict=False)
+    shared = itertools.takewhile(lambda names: len(set(names)) == 1, levels)
+    return ".".join(names[0] for names in shared) or found.node.name
 
 
 def find_sites(
