@@ -292,3 +292,16 @@ def test_moe_gathered_blocks_of_keys_are_no_candidate():
     q, k = torch.randn(5, 3, 4), torch.randn(6, 3, 4)
     gm, rewrites = rewrite(Blocks(), q, k, torch.randint(0, 6, (5,)))
     assert rewrites == [] and "edits" not in gm.meta
+
+
+def test_moe_gathered_weights_written_to_through_a_view_are_left():
+    class Written(Base):
+        def dispatch(self, x, ids, weights):
+            first = self.w1[ids]
+            first[0] = 0.0
+            h = F.silu(torch.einsum("td,tkhd->tkh", x, first))
+            y = torch.einsum("tkh,tkoh->tko", h, self.w2[ids])
+            return (y * weights[..., None]).sum(1)
+
+    gm, rewrites = rewrite(Written().double(), x())
+    assert not any(item.applied for item in rewrites) and "edits" not in gm.meta

@@ -92,7 +92,10 @@ def find(gm: fx.GraphModule, static: StaticValues) -> Iterator[Site | Refusal]:
     routing = Routing(Writes(gm.graph))
     linears: dict[fx.Node, _Linear] = {}
     for node in gm.graph.nodes:
-        found = _linear(routing, node)
+        try:
+            found = _linear(routing, node)
+        except Refused:  # something is written to through a view: nothing is read there
+            continue
         if found is not None:
             linears[node] = found
     # Other tensors are picked from, too: blocks of keys, tables of positions.
