@@ -397,3 +397,19 @@ def test_a_mixture_that_the_model_adds_up_is_named_after_its_experts() -> None:
         context = PassContext(selector=AlwaysSelector())
         Moe(context)(graph)
         assert [rewrite.target for rewrite in context.rewrites] == names
+
+
+def test_experts_with_many_zeros_are_left_to_the_sparse_kernels() -> None:
+    for kept, applied in ((0.1, False), (0.6, True)):
+        model = Spelled(columns)
+        with torch.no_grad():
+            for expert in model.experts:
+                for layer in (expert[0], expert[3]):
+                    layer.weight.mul_(torch.rand_like(layer.weight) < kept)
+        model.requires_grad_(False)
+        graph = canonicalize(model, torch.randn(T, D))
+        context = PassContext(selector=AlwaysSelector())
+        Moe(context)(graph)
+        (rewrite,) = context.rewrites
+        assert rewrite.applied is applied
+        assert applied or "zeros: skipping those on every token saves more" in rewrite.reason

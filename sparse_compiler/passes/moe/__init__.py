@@ -34,6 +34,7 @@ from sparse_compiler.region import Builder, Region, replace_region
 from sparse_compiler.score.expr import to_text
 from sparse_compiler.static import StaticValues
 
+aten = torch.ops.aten
 ops = torch.ops.sparse_compiler
 
 Finder = Callable[[fx.GraphModule, StaticValues], Iterator[Site | Refusal]]
@@ -66,7 +67,7 @@ class Moe(Pass):
                 rewrite.reason = found.reason
                 continue
             try:
-                if self._decide(found, rewrite, len(chosen)):
+                if self._decide(found, static, rewrite, len(chosen)):
                     chosen.append((found, rewrite))
             except Exception as error:
                 self.context.failed(rewrite, error)
@@ -84,7 +85,7 @@ class Moe(Pass):
         self.context.rewrites.append(rewrite)
         self.context.failed(rewrite, error)
 
-    def _decide(self, site: Site, rewrite: Rewrite, waiting: int) -> bool:
+    def _decide(self, site: Site, static: StaticValues, rewrite: Rewrite, waiting: int) -> bool:
         """Whether to rewrite a site; says why."""
         problem = self._problem(site)
         rewrite.shape = (
@@ -103,6 +104,13 @@ class Moe(Pass):
         applied = sum(item.applied for item in self.context.rewrites)
         if fuel is not None and applied + waiting >= fuel:
             rewrite.reason = "options['fuel'] is used up"
+            return False
+        zeros = _zeros(site, static)
+        if site.form == "dense" and (1 - zeros) * problem.written_pairs < problem.pairs:
+            rewrite.reason = (
+                f"its experts' weights are {zeros:.0%} zeros: skipping those on every token saves "
+                f"more than running {site.choices} of {site.experts} experts"
+            )
             return False
         decision = self.context.selector.dispatch(problem)
         rewrite.speedup, rewrite.baseline_ms = decision.speedup, decision.baseline_ms
@@ -164,6 +172,20 @@ class Moe(Pass):
             verify=verifier(gm, static, self.context, rewrite.target) if alike else None,
             fresh=True,
         )
+
+
+def _zeros(site: Site, static: StaticValues) -> float:
+    """Fraction of lasting zeros in the weights of experts that are linear layers of their own."""
+    zeros, elements = 0, 0
+    for node in site.region:
+        weight = node.args[1] if node.target is aten.linear.default else None
+        if not isinstance(weight, fx.Node) or static.is_trainable(weight):
+            continue
+        value = static.value(weight)
+        if value is not None:
+            zeros += value.numel() - int(value.count_nonzero())
+            elements += value.numel()
+    return zeros / elements if elements else 0.0
 
 
 def _target(found: Site | Refusal) -> str:
