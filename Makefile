@@ -8,6 +8,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 INSTALLED := $(VENV)/.installed
+# Processes that run tests, a file each: most of the time goes into compiling.
+WORKERS ?= 2
 # Nothing is fetched at run time.
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
@@ -19,7 +21,7 @@ demo: $(INSTALLED)
 	$(BIN)/python examples/language_model.py $(ARGS)
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest -m "not slow" -n $(WORKERS) --dist loadfile $(ARGS)
 
 test-all: $(INSTALLED)
 	$(BIN)/python -m pytest $(ARGS)
