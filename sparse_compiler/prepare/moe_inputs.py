@@ -19,8 +19,12 @@ _SIZES = {
     "equal tokens": (2, 5),
     "tokens of zeros": (2, 3),
     "no tokens": (1, 0),
+    "many tokens": (2, 128),
+    "large tokens": (3, 9),
     "training": (2, 11),
 }
+# Code may look at its values: a limit, a threshold, more tokens than an expert takes.
+_LARGE = 50.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +96,13 @@ class Form:
                     args[place] = args[place][:1].expand_as(args[place]).clone()
             if item.kind == "tokens" and name == "tokens of zeros":
                 args[place] = torch.zeros_like(args[place])
+            if item.kind == "tokens" and name == "many tokens":  # most of them alike
+                rows = args[place].view(-1, item.width)
+                rows[len(rows) // 16 :] = rows[-1].clone()
+            if item.kind == "tokens" and name == "large tokens":
+                args[place] = args[place] * _LARGE
+            if item.kind == "weights" and name == "large tokens":  # and very small ones
+                args[place] = args[place] ** 6
         return Case(name, tuple(args), training=name == "training")
 
     @property

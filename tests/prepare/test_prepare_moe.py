@@ -85,6 +85,41 @@ class Capped(Loop):
         return results
 
 
+class CappedHigh(Loop):
+    """An expert takes forty tokens: few batches have as many."""
+
+    def forward(self, x):
+        weights, selected = torch.topk(self.gate(x).softmax(-1), K)
+        results = torch.zeros_like(x)
+        for i, expert in enumerate(self.experts):
+            token, nth = (part[:40] for part in torch.where(selected == i))
+            results[token] += weights[token, nth, None] * expert(x[token])
+        return results
+
+
+class Clipped(Loop):
+    """A limit that random tokens do not reach."""
+
+    def forward(self, x):
+        weights, selected = torch.topk(self.gate(x).softmax(-1), K)
+        results = torch.zeros_like(x)
+        for i, expert in enumerate(self.experts):
+            token, nth = torch.where(selected == i)
+            results[token] += weights[token, nth, None] * expert(x[token].clamp(-6, 6))
+        return results
+
+
+class Looking(nn.Sequential):
+    """An expert that looks at how large its values are."""
+
+    def __init__(self):
+        super().__init__(nn.Linear(D, H), nn.SiLU(), nn.Linear(H, D))
+
+    def forward(self, x):
+        y = super().forward(x)
+        return y / 2 if len(y) and y.abs().max() > 10 else y
+
+
 class InlineWeights(nn.Module):
     """Stacked weights in the block itself, whose experts cannot be called one by one."""
 
@@ -176,6 +211,9 @@ def renamed():
         (lambda: Loop(Scaled), "not pointwise: it reads given_scale"),
         (lambda: Loop(Attending), "softmax is not pointwise"),
         (Capped, "a capacity in the loop, a norm or a factor of its own"),
+        (CappedHigh, "is not the same: its output 0 differs from the original's by"),
+        (Clipped, "is not the same: its output 0 differs from the original's by"),
+        (lambda: Loop(Looking), "is not the same: its output 0 differs from the original's by"),
         (UsesTheCount, "what the loop makes of most is needed behind it"),
         (InlineWeights, "its weights are stacked, and its forward does not take tokens"),
     ],
