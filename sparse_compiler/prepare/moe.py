@@ -74,18 +74,29 @@ class Rewritten:
     Copied and pickled as what it is made of: the class that has the function, and the edits.
     """
 
-    def __init__(self, owner: type, name: str, edits: tuple[Edit, ...], only_eval: bool) -> None:
+    def __init__(
+        self, owner: type, name: str, edits: tuple[Edit, ...], only_eval: bool, state: str
+    ) -> None:
         self.owner, self.name, self.edits, self.only_eval = owner, name, edits, only_eval
+        self.state = state
         self.original = getattr(owner, name)
         self.function = _rewritten(owner, name, edits)
 
     def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if not replacing() or (self.only_eval and module.training):
             return self.original(module, *args, **kwargs)
+        if not _unchanged(module, self.state):
+            return self.original(module, *args, **kwargs)
         return self.function(module, *args, **kwargs)
 
     def __reduce__(self) -> Any:
-        return Rewritten, (self.owner, self.name, self.edits, self.only_eval)
+        return Rewritten, (self.owner, self.name, self.edits, self.only_eval, self.state)
+
+
+@torch.compiler.assume_constant_result
+def _unchanged(module: nn.Module, state: str) -> bool:
+    """Whether a module still is what was read and compared: settings, hooks, other experts."""
+    return moe_find.described(module) == state
 
 
 class MixtureOfExperts(Preparer):
@@ -300,9 +311,11 @@ def _class(module: nn.Module) -> Any:
 
 def _swap(module: nn.Module, plan: Plan) -> Callable[[], None]:
     undo: list[Callable[[], None]] = []
+    state = moe_find.described(module)
     for name in dict.fromkeys(edit.function for edit in plan.edits):
         edits = tuple(edit for edit in plan.edits if edit.function == name)
-        undo.append(_replace(module, name, Rewritten(type(module), name, edits, plan.only_eval)))
+        made = Rewritten(type(module), name, edits, plan.only_eval, state)
+        undo.append(_replace(module, name, made))
 
     def back() -> None:
         for one in undo:

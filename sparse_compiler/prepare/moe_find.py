@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -75,6 +76,29 @@ def hooked(module: nn.Module) -> bool:
         "_backward_pre_hooks",
     )
     return any(getattr(part, table, None) for part in module.modules() for table in tables)
+
+
+def described(module: nn.Module) -> str:
+    """What a module's computation depends on besides its weights' values; alike for copies."""
+    found: list[object] = []
+    for path, part in module.named_modules():
+        state = vars(part)
+        settings = sorted(
+            (name, value)
+            for name, value in state.items()
+            if isinstance(value, (bool, int, float, str))
+            and name != "training"
+            and not name.startswith(("_is_", "_fsdp"))
+        )
+        shapes = [(name, tuple(p.shape)) for name, p in part._parameters.items() if p is not None]
+        found += [path, settings, shapes]
+        if part is not module:
+            forward = state.get("forward")
+            ours = isinstance(forward, functools.partial) and forward.args[:1] == (part,)
+            replaced = forward is not None and not ours
+            found += [type(part).__module__, type(part).__qualname__, replaced]
+    found.append([hooked(child) for child in module.children()])
+    return hashlib.sha256(repr(found).encode()).hexdigest()
 
 
 def from_modules(twin: nn.Module, path: str, keys: tuple[str, ...]) -> tuple[Experts, int]:

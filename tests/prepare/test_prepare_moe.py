@@ -441,3 +441,40 @@ def test_any_mixture(experts, share, width, hidden, act, kind, bias, style, toke
     found = torch.autograd.grad(actual.square().sum(), leaves, materialize_grads=True)
     torch.testing.assert_close(actual, expected)
     torch.testing.assert_close(found, wanted)
+
+
+def hooked_later(model):
+    model.experts[1].register_forward_hook(lambda *call: call[-1] * 2)
+
+
+def exchanged_later(model):
+    model.experts[1][1] = nn.Tanh()
+
+
+def scaled_later(model):
+    model.factor = 3.0
+
+
+@pytest.mark.parametrize("change", [hooked_later, exchanged_later, scaled_later])
+def test_a_module_changed_after_it_was_prepared_runs_the_original(change):
+    class Factor(Loop):
+        factor = 2.0
+
+        def forward(self, x):
+            weights, selected = torch.topk(self.gate(x).softmax(-1), K)
+            results = torch.zeros_like(x)
+            for i, expert in enumerate(self.experts):
+                token, nth = torch.where(selected == i)
+                results[token] += weights[token, nth, None] * expert(x[token]) * self.factor
+            return results
+
+    model = Factor()
+    assert len(prepare(model).swapped) == 1
+    x = torch.randn(9, D)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            torch.compile(model, backend="eager", fullgraph=True)(x), model(x)
+        )
+        change(model)
+        torch._dynamo.reset()
+        torch.testing.assert_close(torch.compile(model, backend="eager")(x), model(x))
