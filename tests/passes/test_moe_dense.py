@@ -425,3 +425,13 @@ def test_the_pass_verifies_its_rewrite(model: nn.Module) -> None:
     assert rewrite.applied, rewrite.reason
     assert rewrite.reason.startswith(f"{T * K} of {T * E} pairs are computed")
     torch.testing.assert_close(gm(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_a_part_turned_against_the_other_is_left() -> None:
+    """As many tokens as hidden features: shapes do not tell one from the other."""
+
+    def turned(m: Base, x: torch.Tensor) -> torch.Tensor:
+        h = F.silu(x @ m.gate.mT) * (x @ m.up.mT).transpose(1, 2)
+        return ((h @ m.down.mT) * m.gates(x).t()[..., None]).sum(0)
+
+    assert found_in(dense.find, Spelled(turned), torch.randn(H, D))[1] == []

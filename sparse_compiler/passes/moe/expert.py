@@ -290,6 +290,9 @@ class _Reading:
         tokens = tuple(axis for axis in own if axis not in (*features, *shared))
         if len(inside) != 1 or len(free) != 1 or len(shared) > 1 or not features:
             return None
+        roles = [*tokens, *features, *shared, inside[0], free[0]]
+        if len(set(roles)) != len(roles):  # two sizes are equal, and parts are turned
+            return None
         expert = shared[0] if shared else None
         inner = [item.weight for item in parts]
         found = [axis for dim in leaves(layout) for axis in dim]
