@@ -272,8 +272,14 @@ SOFT_GATES: dict[str, Gates] = {
     "written to afterwards": lambda x: scattered(x).add_(0.25),
     "a part written to": lambda x: _with_first_column(scattered(x)),
     "numbers of experts, one of them written to": lambda x: _compared_with(x, torch.arange(E)),
+    "or of numbers that are not 1": lambda x: _or_of(torch.full_like(x, 3.0)) - 3,
     "numbers of experts as bool": lambda x: (top(x)[1][..., None] == torch.arange(E).bool()).sum(1),
 }
+
+
+def _or_of(threes: torch.Tensor) -> torch.Tensor:
+    threes = threes.scatter(1, threes.topk(K)[1], 7.0)
+    return torch.logical_or(threes, threes).to(threes.dtype)
 
 
 def _compared_with(logits: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:

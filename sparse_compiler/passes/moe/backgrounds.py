@@ -334,7 +334,7 @@ class Backgrounds:
         boolean = node.meta["val"].dtype is torch.bool
         true = [side for side in sides if side is not None and side.value]
         if boolean and true:
-            return min(true, key=lambda side: side.count)
+            return Background(True, min(true, key=lambda side: side.count).spots)
         return self._pointwise(node, dim)
 
     def _choice(
