@@ -187,7 +187,7 @@ def test_moe_mixtures_one_behind_the_other():
     assert [item.target for item in rewrites] == ["first", "second"]
     assert [item.pattern for item in rewrites] == ["top 2 of 4", "top 1 of 4"]
     assert len(calls(gm)) == 2 and all(item.applied for item in rewrites)
-    torch.testing.assert_close(gm(x), model(x))
+    torch.testing.assert_close(gm(x), model(x), rtol=1e-4, atol=1e-4)
 
 
 def test_moe_fuel_stops_rewriting():
@@ -202,7 +202,7 @@ def test_moe_is_verified_on_random_inputs():
     model, x = Two(), torch.randn(5, 6)
     gm, rewrites = rewrite(model, x, verify=True)
     assert all(item.applied for item in rewrites)
-    torch.testing.assert_close(gm(x), model(x))
+    torch.testing.assert_close(gm(x), model(x), rtol=1e-4, atol=1e-4)
 
 
 def test_moe_verdict_has_sizes_pairs_and_times():
