@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +29,8 @@ def disagreement(
     not in place.
 
     Returns:
-        The names of the cases that agreed, and a sentence on the first that did not (None if all
-        agreed).
+        The names of the cases that agreed, and a sentence on the first that did not, or on there
+        being none (None if all agreed).
     """
     agreed: list[str] = []
     with torch.inference_mode(False), torch.enable_grad(), _same_random_state(module):
@@ -38,7 +39,24 @@ def disagreement(
             if reason:
                 return tuple(agreed), f"{reason} ({case.name})"
             agreed.append(case.name)
+    if not agreed:
+        return (), "it takes none of the inputs that were tried: give example inputs"
     return tuple(agreed), None
+
+
+def attempt(run: Callable[[], Any]) -> tuple[Any, str | None]:
+    """What a model's own code gives, and what it raised.
+
+    Which inputs it takes is known by running it only, and then it may raise anything.
+
+    Returns:
+        The result and None, or None and the error, for a sentence.
+    """
+    try:
+        with torch.no_grad():
+            return run(), None
+    except Exception as error:
+        return None, f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
 
 
 @contextlib.contextmanager

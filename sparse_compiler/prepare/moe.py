@@ -28,7 +28,7 @@ from torch.utils import _pytree as pytree
 from sparse_compiler.experts import Experts
 from sparse_compiler.passes.moe.site import Refused
 from sparse_compiler.prepare import moe_find
-from sparse_compiler.prepare.agree import disagreement
+from sparse_compiler.prepare.agree import attempt, disagreement
 from sparse_compiler.prepare.moe_inputs import Form, forms
 from sparse_compiler.prepare.moe_roles import Dispatch, Match, dispatch, matches
 from sparse_compiler.prepare.moe_source import CALL, PROBE, Place, Source
@@ -197,6 +197,7 @@ class MixtureOfExperts(Preparer):
         loops = _loops(_class(module), frozenset(held))
         reasons: list[str] = []
         readable: list[tuple[Experts | None, int]] = []
+        raised = "nothing: there were none"
         for path, keys in held.items():
             try:
                 readable.append(moe_find.from_modules(twin, path, keys))
@@ -206,7 +207,9 @@ class MixtureOfExperts(Preparer):
             readable.append((None, 0))
         for known, features in readable:
             for form in forms(twin, seen, features):
-                if not _takes(twin, form, "random tokens"):
+                why = _why_not(twin, form, "random tokens")
+                if why is not None:
+                    raised = why
                     continue
                 try:
                     return self._with(module, twin, loops, known, form)
@@ -214,7 +217,10 @@ class MixtureOfExperts(Preparer):
                     reasons.append(str(error))
         if reasons:
             raise Refused(reasons[0])
-        raise Refused("it takes none of the inputs that were tried: give example inputs")
+        raise Refused(
+            "it takes none of the inputs that were tried: give example inputs "
+            f"(the last ones raised {raised})"
+        )
 
     def _with(
         self,
@@ -259,13 +265,12 @@ class MixtureOfExperts(Preparer):
                 else "what its loop computes differs from a mixture of experts"
             )
         made = tuple(edits.values())
-        if not only_eval and _takes(twin, form, "training"):
+        if not only_eval and _why_not(twin, form, "training") is None:
             # Something random in the loop itself, such as whole tokens dropped.
             self._chosen[module] = Plan(made, form, experts, False, ())
             case = form.case("training", next(module.parameters()).device)
             only_eval = self._wrong(module, [case]) is not None
-        names = tuple(name for name in form.names(not only_eval) if _takes(twin, form, name))
-        return Plan(made, form, experts, only_eval, names)
+        return Plan(made, form, experts, only_eval, _comparable(twin, form, not only_eval))
 
     def _first(
         self,
@@ -288,7 +293,7 @@ class MixtureOfExperts(Preparer):
             plan = Plan((*edits.values(), edit), form, experts, False, ())
             self._chosen[module] = plan
             device = next(module.parameters()).device
-            taken = [name for name in form.names(False) if _takes(twin, form, name)]
+            taken = _comparable(twin, form, False)
             cases = [form.case(name, device) for name in (taken if not training else taken[:1])]
             cases = [dataclasses.replace(case, training=training) for case in cases]
             wrong = self._wrong(module, cases)
@@ -335,21 +340,24 @@ def _replace(module: nn.Module, name: str, function: Rewritten) -> Callable[[], 
     return undo
 
 
-def _takes(twin: nn.Module, form: Form, name: str) -> bool:
-    """Whether the original can be run on these inputs."""
+def _why_not(twin: nn.Module, form: Form, name: str) -> str | None:
+    """Why the original cannot be compared on these inputs, or None if it can."""
     case = form.case(name, next(twin.parameters()).device)
     was = twin.training
     twin.train(case.training)
-    try:
-        with torch.no_grad():
-            output = twin(*case.args, **case.kwargs)
-    except Exception:
-        return False
-    finally:
-        twin.train(was)
-    # What overflows tells nothing.
+    output, error = attempt(lambda: twin(*case.args, **case.kwargs))
+    twin.train(was)
+    if error is not None:
+        return error
     leaves = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
-    return name != "large tokens" or all(bool(leaf.isfinite().all()) for leaf in leaves)
+    if name == "large tokens" and not all(bool(leaf.isfinite().all()) for leaf in leaves):
+        return "its result overflows"
+    return None
+
+
+def _comparable(twin: nn.Module, form: Form, training: bool) -> tuple[str, ...]:
+    """The cases that the original can be compared on."""
+    return tuple(name for name in form.names(training) if _why_not(twin, form, name) is None)
 
 
 def _search(

@@ -14,6 +14,7 @@ from torch.func import functional_call
 
 from sparse_compiler.experts import Experts, routed
 from sparse_compiler.passes.moe.site import Refused
+from sparse_compiler.prepare.agree import attempt
 from sparse_compiler.prepare.moe_record import Reading, draws, read
 
 _MOST_PASSTHROUGH = 64
@@ -111,10 +112,7 @@ def from_modules(twin: nn.Module, path: str, keys: tuple[str, ...]) -> tuple[Exp
     parts: list[nn.Module] = [container.get_submodule(key) for key in keys]
     first = parts[0]
     parameters = {name: p.detach() for name, p in first.named_parameters()}
-    with torch.no_grad():
-        features = next((size for size in _sizes(first) if _runs(first, size)), None)
-    if features is None:
-        raise Refused("an expert takes no single tensor of tokens")
+    features = _features(first)
     token = _random(first, 1, features)
     reading = read(
         lambda: functional_call(first, parameters, (token,)), token, parameters, stacked=False
@@ -219,12 +217,16 @@ def _sizes(expert: nn.Module) -> Iterator[int]:
                 yield size
 
 
-def _runs(module: nn.Module, features: int) -> bool:
-    try:
-        result = module(_random(module, 2, features))
-    except Exception:
-        return False
-    return isinstance(result, Tensor) and result.dim() == 2
+def _features(expert: nn.Module) -> int:
+    """The size of an expert's tokens."""
+    why = "it has no matrix"
+    for size in _sizes(expert):
+        tokens = _random(expert, 2, size)
+        result, error = attempt(functools.partial(expert, tokens))
+        if isinstance(result, Tensor) and result.dim() == 2:
+            return size
+        why = error or "its result is no matrix"
+    raise Refused(f"an expert takes no single tensor of tokens: {why}")
 
 
 def _random(module: nn.Module, rows: int, features: int) -> Tensor:

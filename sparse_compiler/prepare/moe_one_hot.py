@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from sparse_compiler.passes.moe.site import Refused
+from sparse_compiler.prepare.agree import attempt
 from sparse_compiler.prepare.moe_source import Source
 from sparse_compiler.prepare.registry import Calls, Case, Preparer
 from sparse_compiler.prepare.swap import replacing
@@ -149,9 +150,5 @@ def _tokens(
 
 def _takes(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     twin = copy.deepcopy(module).float()
-    try:
-        with torch.no_grad(), torch.random.fork_rng():
-            twin(*args, **kwargs)
-    except Exception:
-        return False
-    return True
+    with torch.random.fork_rng():
+        return attempt(lambda: twin(*args, **kwargs))[1] is None

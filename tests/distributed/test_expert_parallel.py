@@ -67,11 +67,6 @@ def on_ranks(task: Task, world: int, seconds: float = 60.0) -> dict[int, str | N
     return found
 
 
-def succeed(task: Task, world: int) -> None:
-    found = on_ranks(task, world)
-    assert found == dict.fromkeys(range(world))
-
-
 class Model(nn.Module):
     def __init__(self, **options: Any) -> None:
         super().__init__()
@@ -192,7 +187,7 @@ def _dies(rank: int, world: int) -> None:
     ],
 )
 def test_ranks_agree_with_one_process(task, world):
-    succeed(task, world)
+    assert on_ranks(task, world) == dict.fromkeys(range(world))
 
 
 @pytest.mark.slow

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -97,6 +97,31 @@ def check(find: Finder, model: nn.Module, *inputs: torch.Tensor, runs: Any = ())
             given = tuple(x.double() if x.is_floating_point() else x for x in given)
             compare(model, gm, given)
     return site
+
+
+def results_for(find: Finder, model: nn.Module, tokens: int, counts: Sequence[int]) -> list[int]:
+    """Rewrite the one site of a graph for any number of tokens; tokens of each result.
+
+    Args:
+        find: the finder.
+        model: takes tokens [T, features] of its router.
+        tokens: of the example.
+        counts: of the runs that are compared with the model, gradients included.
+    """
+    model = model.double()
+    features = model.router.in_features
+    program = torch.export.export(
+        model,
+        (torch.randn(tokens, features, dtype=torch.float64),),
+        dynamic_shapes=({0: torch.export.Dim("T", min=2)},),
+        strict=False,
+    )
+    gm = canonicalize(program)
+    apply(gm, the_site(list(find(gm, StaticValues(gm, training=False)))))
+    runs = [torch.randn(count, features, dtype=torch.float64) for count in counts]
+    for x in runs:
+        compare(model, gm, (x,))
+    return [len(gm(x)) for x in runs]
 
 
 def compare(model: nn.Module, gm: fx.GraphModule, inputs: tuple[torch.Tensor, ...]) -> None:

@@ -12,7 +12,11 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
 from sparse_compiler.experts import routed, stacked
+from sparse_compiler.passes.moe.site import Refused
 from sparse_compiler.prepare import prepare
+from sparse_compiler.prepare.agree import attempt, disagreement
+from sparse_compiler.prepare.moe_find import _features
+from sparse_compiler.prepare.registry import PREPARERS
 from sparse_compiler.prepare.swap import always_replaced
 
 D, H, E, K = 16, 24, 4, 2
@@ -478,3 +482,23 @@ def test_a_module_changed_after_it_was_prepared_runs_the_original(change):
         change(model)
         torch._dynamo.reset()
         torch.testing.assert_close(torch.compile(model, backend="eager")(x), model(x))
+
+
+def test_what_an_expert_raises_is_told():
+    class Picky(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x):
+            raise KeyError("no tokens today")
+
+    with pytest.raises(Refused, match="takes no single tensor of tokens: KeyError: 'no tokens"):
+        _features(Picky())
+    result, why = attempt(lambda: torch.ones(2, requires_grad=True) * 2)
+    assert why is None and not result.requires_grad
+
+
+def test_nothing_is_replaced_that_was_compared_on_nothing():
+    names, why = disagreement(PREPARERS[0], nn.Linear(2, 2), [])
+    assert names == () and why is not None and "none of the inputs that were tried" in why
