@@ -23,6 +23,8 @@ _GFLOPS = {torch.float32: 90.0, torch.bfloat16: 180.0}
 _SKINNY_READ = 0.5
 # Below this no format has ever paid.
 LEAST_SPARSITY = 0.3
+# Rows, or tokens, at which something with a dynamic number of them is judged, besides the hint.
+DYNAMIC_ROWS = (1, 16, 128, 1024)
 # Rows up to which a dense weight may be streamed (``gemv``).
 GEMV_ROWS = 4
 

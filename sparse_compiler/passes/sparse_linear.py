@@ -21,7 +21,7 @@ from torch import fx
 from sparse_compiler.derived import PLAIN, Remake, derive, fitted, has_version
 from sparse_compiler.formats import bitmap, csr
 from sparse_compiler.formats.blocking import MAX_UNITS
-from sparse_compiler.formats.cost import GEMV_ROWS, LEAST_SPARSITY, LinearProblem
+from sparse_compiler.formats.cost import DYNAMIC_ROWS, GEMV_ROWS, LEAST_SPARSITY, LinearProblem
 from sparse_compiler.formats.pattern import Pattern, find_pattern
 from sparse_compiler.ops import linear as _operators  # noqa: F401  registers the operators
 from sparse_compiler.passes.base import Pass, Rewrite, module_path
@@ -32,8 +32,6 @@ from sparse_compiler.region import Builder, Region, replace_region
 from sparse_compiler.static import StaticExpression, StaticValues
 
 DTYPES = (torch.float32, torch.bfloat16)
-# Row counts a layer with a dynamic number of rows is judged at, besides the hint.
-DYNAMIC_ROWS = (1, 16, 128, 1024)
 
 ops = torch.ops.sparse_compiler
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable
 
@@ -14,7 +15,8 @@ from moe_sites import ROUTED, apply, check, found_in, refusals, results_for, the
 from torch import nn
 
 from sparse_compiler.canonical import canonicalize
-from sparse_compiler.formats.cost import AlwaysSelector
+from sparse_compiler.dispatch import MoeProblem
+from sparse_compiler.formats.cost import AlwaysSelector, Decision
 from sparse_compiler.passes import Moe, PassContext
 from sparse_compiler.passes.moe import unrolled
 from sparse_compiler.static import StaticValues
@@ -403,3 +405,35 @@ def test_experts_with_many_zeros_are_left_to_the_sparse_kernels() -> None:
         (rewrite,) = context.rewrites
         assert rewrite.applied is applied
         assert applied or "zeros: skipping those on every token saves more" in rewrite.reason
+
+
+@dataclasses.dataclass(frozen=True)
+class SlowAt(AlwaysSelector):
+    """Refuses one number of tokens."""
+
+    tokens: int
+    asked: list[int] = dataclasses.field(default_factory=list)
+
+    def dispatch(self, problem: MoeProblem) -> Decision:
+        self.asked.append(problem.tokens)
+        if problem.tokens == self.tokens:
+            return Decision(None, f"slower at {self.tokens} tokens", 0.5)
+        return Decision("routed", f"faster at {problem.tokens}", 2.0 + problem.tokens)
+
+
+@pytest.mark.parametrize("tokens", [128, None])
+def test_any_number_of_tokens_is_judged_at_the_worst(tokens: int | None) -> None:
+    dims = ({0: torch.export.Dim("T", min=2)},)
+    x = torch.randn(T, D)
+    graph = canonicalize(
+        torch.export.export(Spelled(columns), (x,), dynamic_shapes=dims, strict=False)
+    )
+    context = PassContext(selector=SlowAt(tokens or -1))
+    Moe(context)(graph)
+    (rewrite,) = context.rewrites
+    assert rewrite.applied is (tokens is None)
+    assert ("slower at 128 tokens" if tokens else "faster at 1") in rewrite.reason
+    assert context.selector.asked == [1, T, 16, 128] + ([] if tokens else [1024])
+    fixed = PassContext(selector=SlowAt(tokens or -1))
+    Moe(fixed)(canonicalize(Spelled(columns), x))
+    assert fixed.selector.asked == [T] and fixed.rewrites[0].applied

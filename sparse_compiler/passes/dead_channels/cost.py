@@ -8,14 +8,11 @@ from typing import Any
 
 import torch
 
-from sparse_compiler.formats.cost import Comparison, LinearProblem
+from sparse_compiler.formats.cost import DYNAMIC_ROWS, Comparison, LinearProblem
 from sparse_compiler.formats.pattern import Pattern
 from sparse_compiler.passes.base import Selector
 from sparse_compiler.passes.dead_channels.dims import shape
 from sparse_compiler.passes.dead_channels.group import Group, Layer
-
-# Row counts a layer with a dynamic number of rows is judged at.
-_DYNAMIC_ROWS = (1, 16, 128, 1024)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +57,7 @@ def compare(
 
 def rows_to_judge(layers: list[Layer]) -> tuple[int | None, ...]:
     """Numbers to put in for dynamic rows; None alone if there are none."""
-    return _DYNAMIC_ROWS if any(rows_of(layer) is None for layer in layers) else (None,)
+    return DYNAMIC_ROWS if any(rows_of(layer) is None for layer in layers) else (None,)
 
 
 def group_gain(selector: Selector, group: Group, removed: torch.Tensor) -> Gain:

@@ -14,6 +14,7 @@ they lie.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import operator
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ import torch
 from torch import fx
 
 from sparse_compiler.dispatch import MoeProblem
+from sparse_compiler.formats.cost import DYNAMIC_ROWS, Decision
 from sparse_compiler.ops import moe as _operators  # noqa: F401  registers the operators
 from sparse_compiler.passes.attention.example import hint
 from sparse_compiler.passes.base import Pass, Rewrite, module_path
@@ -112,13 +114,28 @@ class Moe(Pass):
                 f"more than running {site.choices} of {site.experts} experts"
             )
             return False
-        decision = self.context.selector.dispatch(problem)
+        decision = self._dispatch(problem, isinstance(site.tokens, int))
         rewrite.speedup, rewrite.baseline_ms = decision.speedup, decision.baseline_ms
         rewrite.sparse_ms = decision.sparse_ms
         rewrite.reason = (
             f"{problem.pairs} of {problem.written_pairs} pairs are computed; {decision.reason}"
         )
         return decision.format is not None
+
+    def _dispatch(self, problem: MoeProblem, fixed: bool) -> Decision:
+        """The verdict; of a number of tokens that may change, the worst one's."""
+        counts = {problem.tokens} if fixed else {problem.tokens, *DYNAMIC_ROWS}
+        worst: Decision | None = None
+        for tokens in sorted(counts):
+            slots = -(-problem.slots * tokens // max(problem.tokens, 1))
+            same = dataclasses.replace(problem, tokens=tokens, slots=slots)
+            decision = self.context.selector.dispatch(same)
+            if decision.format is None:
+                return decision
+            if worst is None or (decision.speedup or 0) < (worst.speedup or 0):
+                worst = decision
+        assert worst is not None
+        return worst
 
     def _problem(self, site: Site) -> MoeProblem:
         return MoeProblem(
